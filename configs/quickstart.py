@@ -1,0 +1,48 @@
+"""SEA on a laptop: SmolLM2-135M learns one-sentence summaries of docstrings from a few hundred labels.
+
+    python -m sea_jax.sft --config=configs/quickstart_sft.py      (once; about 3 minutes on 2 cores)
+    python -m sea_jax.train --config=configs/quickstart.py        (about 6 minutes on 2 cores)
+"""
+
+import ml_collections
+
+from configs import quickstart_sft
+from sea_jax.config import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the configuration."""
+    config, sft = default(), quickstart_sft.get_config()
+    config.name = "quickstart"
+    config.max_queries = 256
+
+    config.policy = sft.policy
+    config.policy.source = sft.output
+    config.data = sft.data
+    config.data.batch_size = 16
+
+    config.sampling.num_samples = 8
+    config.sampling.max_new_tokens = 24
+
+    config.exploration.gamma = 1.0
+    config.exploration.burn_in_queries = 0
+    config.exploration.planning_steps = 2
+    config.exploration.planning_after_queries = 64
+
+    config.erm.feature_layer = 20
+    config.erm.learning_rate = 3e-3
+    config.learner.learning_rate = 5e-5
+    config.learner.microbatch_size = 16
+    config.learner.remat = False
+    config.learner.warmup_fraction = 0.0
+    config.learner.final_fraction = 1.0
+
+    config.oracle.label = "bradley_terry"
+
+    config.eval.every_queries = 64
+    config.eval.num_prompts = 128
+    config.eval.batch_size = 64
+    config.eval.max_new_tokens = 24
+    config.eval.best_of_n = 8
+    config.checkpoint.every_steps = 4
+    return config

@@ -1,0 +1,1 @@
+"""Sample-efficient alignment of language models in JAX."""

@@ -1,0 +1,194 @@
+"""The epistemic reward model (ERM): K small heads on frozen features, a posterior by deep ensemble (SEA paper, Sec. 4.2.1)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from sea_jax import experience
+from sea_jax.types import Array, Params
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Hyper-parameters of the ERM; the defaults are the paper's.
+
+    Attributes:
+      num_heads: K.
+      hidden_size: width of the two hidden layers.
+      learning_rate: Adam's.
+      weight_decay: L2 added to the gradient before Adam.
+      anchor_strength: lambda of Eq. 8, the pull of each head towards its own initial weights.
+      steps: m, gradient steps per round.
+      batch_size: pairs per gradient step, drawn from the replay.
+    """
+
+    num_heads: int = 20
+    hidden_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 5e-5
+    anchor_strength: float = 0.5
+    steps: int = 5
+    batch_size: int = 128
+
+
+@struct.dataclass
+class Ensemble:
+    """The ERM's state.
+
+    Attributes:
+      heads: K heads as one stacked pytree: w1 [K, d, h], b1 [K, h], w2 [K, h, h], b2 [K, h], w3 [K, h], b3 [K].
+      anchor: the heads as they were initialised, the prior's samples.
+      opt_state: Adam's moments.
+      shift: [d] float32, subtracted from the features.
+      scale: [d] float32, multiplied into the features.
+    """
+
+    heads: Params
+    anchor: Params
+    opt_state: Any
+    shift: Array
+    scale: Array
+
+
+def optimizer(config: EnsembleConfig) -> optax.GradientTransformation:
+    """Returns Adam with L2 in the gradient.
+
+    Args:
+      config: EnsembleConfig.
+
+    Returns:
+      An optax transformation.
+    """
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate))
+
+
+def init(config: EnsembleConfig, num_features: int, key: Array) -> Ensemble:
+    """Returns K heads initialised independently: truncated normal (2 sigma), sigma = 1 / (2 sqrt(fan_in)), zero biases.
+
+    Args:
+      config: EnsembleConfig.
+      num_features: d.
+      key: random key.
+
+    Returns:
+      Ensemble whose features pass unchanged until `calibrate` is called.
+    """
+    k, h = config.num_heads, config.hidden_size
+    key1, key2, key3 = jax.random.split(key, 3)
+
+    def weights(key: Array, fan_in: int, *shape: int) -> Array:
+        return jax.random.truncated_normal(key, -2.0, 2.0, (k, *shape)) / (2 * fan_in**0.5)
+
+    heads = {
+        "w1": weights(key1, num_features, num_features, h),
+        "b1": jnp.zeros((k, h)),
+        "w2": weights(key2, h, h, h),
+        "b2": jnp.zeros((k, h)),
+        "w3": weights(key3, h, h),
+        "b3": jnp.zeros(k),
+    }
+    return Ensemble(
+        heads=heads,
+        anchor=jax.tree.map(jnp.copy, heads),  # a copy: the heads' buffers may be donated
+        opt_state=optimizer(config).init(heads),
+        shift=jnp.zeros(num_features),
+        scale=jnp.ones(num_features),
+    )
+
+
+def calibrate(ensemble: Ensemble, features: Array) -> Ensemble:
+    """Standardises features by their spread among the responses to one prompt, which is all that a comparison sees.
+
+    Args:
+      ensemble: Ensemble.
+      features: [B, M, d] float32, of the candidates of a first batch.
+
+    Returns:
+      Ensemble with `shift` and `scale` set from these features.
+    """
+    within = features - features.mean(1, keepdims=True)
+    return ensemble.replace(
+        shift=features.mean((0, 1)), scale=1 / jnp.maximum(jnp.sqrt((within**2).mean((0, 1))), 1e-6)
+    )
+
+
+def _head_reward(head: Params, features: Array) -> Array:
+    """One head (no K axis) on features [..., d] -> [...]."""
+    hidden = jax.nn.relu(features @ head["w1"] + head["b1"])
+    hidden = jax.nn.relu(hidden @ head["w2"] + head["b2"])
+    return hidden @ head["w3"] + head["b3"]
+
+
+def rewards(ensemble: Ensemble, features: Array) -> Array:
+    """Returns every head's reward of every candidate.
+
+    Args:
+      ensemble: Ensemble.
+      features: [B, M, d] float32.
+
+    Returns:
+      [K, B, M] float32.
+    """
+    standardised = (features - ensemble.shift) * ensemble.scale
+    return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised)
+
+
+def _head_loss(
+    head: Params, anchor: Params, features: Array, labels: Array, weights: Array, anchor_weight: Array
+) -> tuple[Array, Array]:
+    """Eq. 8 for one head on a weighted batch: features [b, 2, d] -> (loss, accuracy), scalars."""
+    reward = _head_reward(head, features)
+    logit = reward[:, 0] - reward[:, 1]
+    nll = -(labels * jax.nn.log_sigmoid(logit) + (1 - labels) * jax.nn.log_sigmoid(-logit))
+    total = jnp.maximum(weights.sum(), 1.0)
+    squares = jax.tree.map(lambda w, w0: jnp.sum((w - w0) ** 2), head, anchor)
+    agrees = ((logit > 0) == (labels > 0.5)).astype(jnp.float32)
+    return (nll * weights).sum() / total + anchor_weight * sum(jax.tree.leaves(squares)), (agrees * weights).sum() / total
+
+
+def update(
+    ensemble: Ensemble, replay: experience.Replay, key: Array, config: EnsembleConfig
+) -> tuple[Ensemble, dict[str, Array]]:
+    """Takes m Adam steps on the regularised negative log-likelihood (SEA paper, Eq. 8), in one scan.
+
+    The regulariser is read as the Gaussian prior that posterior sampling needs, + (lambda / N) ||phi_k - phi_k^0||^2 with N
+    the labels collected: the paper prints it with a minus sign inside a loss that is minimised.
+
+    Args:
+      ensemble: Ensemble.
+      replay: Replay; while it is empty nothing changes.
+      key: random key, of the m batches.
+      config: EnsembleConfig.
+
+    Returns:
+      Ensemble and {"loss", "accuracy"}: scalars of the last step, mean over heads.
+    """
+    transformation = optimizer(config)
+    anchor_weight = config.anchor_strength / jnp.maximum(replay.added, 1)
+
+    def step(carry: tuple[Params, Any], key: Array) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
+        heads, opt_state = carry
+        features, labels, weights = experience.sample(replay, config.batch_size, key)
+        standardised = (features - ensemble.shift) * ensemble.scale
+
+        def total_loss(heads: Params) -> tuple[Array, tuple[Array, Array]]:
+            loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, None, None, None, None))(
+                heads, ensemble.anchor, standardised, labels, weights, anchor_weight
+            )
+            return loss.sum(), (loss.mean(), accuracy.mean())
+
+        gradients, report = jax.grad(total_loss, has_aux=True)(heads)
+        updates, opt_state = transformation.update(gradients, opt_state, heads)
+        return (optax.apply_updates(heads, updates), opt_state), report
+
+    (heads, opt_state), (losses, accuracies) = jax.lax.scan(
+        step, (ensemble.heads, ensemble.opt_state), jax.random.split(key, config.steps)
+    )
+    learnt = ensemble.replace(heads=heads, opt_state=opt_state)
+    untouched = replay.added == 0
+    learnt = jax.tree.map(lambda new, old: jnp.where(untouched, old, new), learnt, ensemble)
+    return learnt, {"loss": losses[-1], "accuracy": accuracies[-1]}

@@ -1,0 +1,108 @@
+"""How good the policy is: its greedy responses to held-out prompts against the initial policy's, as the oracle sees it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from sea_jax import ensemble, sampling
+from sea_jax.actors import Generate
+from sea_jax.ensemble import Ensemble
+from sea_jax.features import Featurize
+from sea_jax.metrics import Interval, win_rate
+from sea_jax.types import Candidates, Params, Preference, Prompts
+
+HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One response to each of N held-out prompts.
+
+    Attributes:
+      texts: N.
+      lengths: [N] response tokens, the end-of-sequence token included.
+    """
+
+    texts: list[str]
+    lengths: np.ndarray
+
+
+def greedy(
+    generate: Generate, texts: Callable[[Candidates], list[list[str]]], trained: Params, heldout: HeldOut
+) -> Responses:
+    """Writes the most probable response to every held-out prompt, token by token.
+
+    Args:
+      generate: an actor with one sample per prompt and temperature 0.
+      texts: Candidates -> B lists of M texts.
+      trained: the trained part of the policy's parameters.
+      heldout: batches and masks.
+
+    Returns:
+      Responses to the prompts that count, in order.
+    """
+    written: list[str] = []
+    lengths: list[np.ndarray] = []
+    for batch, counts in heldout:
+        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.key(0))
+        written += [row[0] for row, count in zip(texts(candidates), counts, strict=True) if count]
+        lengths.append(np.asarray(candidates.lengths)[counts, 0])
+    return Responses(written, np.concatenate(lengths))
+
+
+def best_of_n(
+    generate: Generate,
+    texts: Callable[[Candidates], list[list[str]]],
+    features: Featurize,
+    trained: Params,
+    reward_model: Ensemble,
+    heldout: HeldOut,
+    key: jax.Array,
+) -> Responses:
+    """Writes N responses to every held-out prompt and keeps the one that the ERM's mean ranks highest.
+
+    Args:
+      generate: an actor with N samples per prompt.
+      texts: Candidates -> B lists of N texts.
+      features: what the ERM sees.
+      trained: the trained part of the policy's parameters.
+      reward_model: the ERM.
+      heldout: batches and masks.
+      key: random key.
+
+    Returns:
+      Responses to the prompts that count, in order.
+    """
+    written: list[str] = []
+    lengths: list[np.ndarray] = []
+    for index, (batch, counts) in enumerate(heldout):
+        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index))
+        responses = texts(candidates)
+        best = np.asarray(sampling.best_of_n(ensemble.rewards(reward_model, features(batch, candidates, responses))))
+        rows = np.flatnonzero(counts)
+        written += [responses[row][best[row]] for row in rows]
+        lengths.append(np.asarray(candidates.lengths)[rows, best[rows]])
+    return Responses(written, np.concatenate(lengths))
+
+
+def compare(
+    preference: Preference, prompts: Sequence[str], responses: Sequence[str], opponents: Sequence[str]
+) -> tuple[Interval, np.ndarray]:
+    """Returns the share of prompts where the oracle, free of noise, prefers a response over its opponent's.
+
+    Args:
+      preference: the oracle's taste.
+      prompts: N.
+      responses: N.
+      opponents: N.
+
+    Returns:
+      The win rate with its 95% interval over prompts, ties counting half, and P(response wins) [N].
+    """
+    probability = np.asarray(preference(prompts, responses, opponents), np.float64)
+    same = np.array([a == b for a, b in zip(responses, opponents, strict=True)])
+    probability = np.where(same, 0.5, probability)  # the same text is a tie, whatever rounding says
+    return win_rate((np.sign(probability - 0.5) + 1) / 2), probability

@@ -1,0 +1,293 @@
+"""The policy step: log-probs of the duellists, a direct optimizer, accumulation, clipping, Adam; one jitted function.
+
+Parameters are divided once into a frozen part (embedding and first layers) and a trained part (last n layers and the last
+norm, or everything). The frozen layers are run once and serve the policy and the reference alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from sea_jax import logprobs, losses
+from sea_jax.models import decoder
+from sea_jax.models.config import ModelConfig
+from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the policy is optimised; the defaults are the paper's.
+
+    Attributes:
+      learning_rate: peak.
+      total_steps: policy steps over which the schedule runs.
+      warmup_fraction: share of the steps with a linear rise from 0.
+      final_fraction: the cosine ends at this share of the peak.
+      b1: Adam's first decay.
+      b2: Adam's second decay.
+      weight_decay: decoupled.
+      clip_norm: global gradient norm above which gradients are scaled down.
+      microbatch_size: pairs whose activations are held at a time; divides the batch.
+      remat: recompute activations of each layer in the backward pass.
+      dtype: compute dtype.
+    """
+
+    learning_rate: float = 5e-7
+    total_steps: int = 1000
+    warmup_fraction: float = 0.03
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    microbatch_size: int = 16
+    remat: bool = False
+    dtype: str = "float32"
+
+
+@struct.dataclass
+class Learner:
+    """What a policy step changes.
+
+    Attributes:
+      trained: the trained part of the parameters, float32.
+      opt_state: optax state.
+      step: scalar int32, policy steps taken.
+    """
+
+    trained: Params
+    opt_state: Any
+    step: Array
+
+
+def divide(params: Params, num_trained_stacks: int | None) -> tuple[Params, Params]:
+    """Divides parameters into (frozen, trained).
+
+    Args:
+      params: a decoder's parameters.
+      num_trained_stacks: the last so many stacks of layers and the last norm are trained; None: everything.
+
+    Returns:
+      Two trees that `join` puts together again.
+    """
+    if num_trained_stacks is None:
+        return {"stacks": ()}, params
+    trained = {"stacks": params["stacks"][-num_trained_stacks:], "final_norm": params["final_norm"]}
+    frozen = {name: value for name, value in params.items() if name not in trained}
+    return {**frozen, "stacks": params["stacks"][:-num_trained_stacks]}, trained
+
+
+def join(frozen: Params, trained: Params) -> Params:
+    """Returns the whole tree of parameters.
+
+    Args:
+      frozen: first part of `divide`.
+      trained: second part of `divide`.
+
+    Returns:
+      A decoder's parameters.
+    """
+    return {**frozen, **trained, "stacks": (*frozen["stacks"], *trained["stacks"])}
+
+
+def schedule(config: LearnerConfig) -> optax.Schedule:
+    """Returns linear warm-up, then a cosine to `final_fraction` of the peak, constant beyond the last step.
+
+    Args:
+      config: LearnerConfig.
+
+    Returns:
+      A function of the step.
+    """
+    warmup_steps = max(1, round(config.warmup_fraction * config.total_steps))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / warmup_steps,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(config.total_steps, warmup_steps + 1),
+        end_value=config.learning_rate * config.final_fraction,
+    )
+
+
+def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
+    """Returns clipping by global norm and AdamW on the schedule.
+
+    Args:
+      config: LearnerConfig.
+
+    Returns:
+      An optax transformation.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def init(trained: Params, config: LearnerConfig) -> Learner:
+    """Returns the learner's state before the first step.
+
+    Args:
+      trained: the trained part of the parameters; copied, since `update` donates its buffers.
+      config: LearnerConfig.
+
+    Returns:
+      Learner.
+    """
+    trained = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), trained)
+    return Learner(trained=trained, opt_state=optimizer(config).init(trained), step=jnp.zeros((), jnp.int32))
+
+
+def response_logprobs(
+    frozen: Params,
+    trained: tuple[Params, ...],
+    prompts: Prompts,
+    tokens: Array,
+    lengths: Array,
+    *,
+    config: ModelConfig,
+    remat: bool,
+    dtype: str,
+) -> tuple[Array, ...]:
+    """Returns the response tokens' log-probs under one or more policies that share their frozen part, which is run once.
+
+    Args:
+      frozen: the shared part of the parameters; with no layer in it, each policy runs on its own.
+      trained: the trained part of each policy.
+      prompts: Prompts, [B, P].
+      tokens: [B, M, T] int32.
+      lengths: [B, M] int32.
+      config: ModelConfig.
+      remat: recompute activations of each layer in the backward pass.
+      dtype: compute dtype.
+
+    Returns:
+      One [B, M, T] float32 for each policy; 0 on padding.
+    """
+    valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+    embed = partial(
+        decoder.embed,
+        config=config,
+        prompt_tokens=prompts.tokens,
+        prompt_valid=prompts.valid,
+        response_tokens=tokens,
+        responses_valid=valid,
+        dtype=dtype,
+    )
+    shared = None
+    if frozen["stacks"]:
+        shared = embed(frozen)
+        for stack in frozen["stacks"]:
+            shared, _ = decoder.run_stack(stack, config, shared)
+        shared = jax.lax.stop_gradient(shared)
+
+    def behind(part: Params) -> Array:
+        params = join(frozen, part)
+        streams = embed(params) if shared is None else shared
+        for stack in part["stacks"]:
+            streams, _ = decoder.run_stack(stack, config, streams, remat=remat)
+        return logprobs.response_logprobs(params, config, streams, tokens)
+
+    return tuple(behind(part) for part in trained)
+
+
+def _loss(
+    trained: Params,
+    frozen: Params,
+    reference: Params,
+    batch: PreferenceBatch,
+    loss: Callable[[PairLogps], Array],
+    config: ModelConfig,
+    learner_config: LearnerConfig,
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of weighted losses over a microbatch, and sums of what is reported; both are divided by the total weight later."""
+    policy, ref = response_logprobs(
+        frozen,
+        (trained, jax.lax.stop_gradient(reference)),
+        batch.prompts,
+        batch.tokens,
+        batch.lengths,
+        config=config,
+        remat=learner_config.remat,
+        dtype=learner_config.dtype,
+    )
+    policy_sum, reference_sum = policy.sum(-1), jax.lax.stop_gradient(ref.sum(-1))
+    pairs = PairLogps(
+        chosen=policy_sum[:, 0],
+        rejected=policy_sum[:, 1],
+        reference_chosen=reference_sum[:, 0],
+        reference_rejected=reference_sum[:, 1],
+        chosen_length=jnp.maximum(batch.lengths[:, 0], 1),
+        rejected_length=jnp.maximum(batch.lengths[:, 1], 1),
+    )
+    values = losses.expected(loss, pairs, batch.labels)
+    margin = losses.log_ratio_margin(pairs) * jnp.sign(batch.labels - 0.5)
+    kept = batch.weights > 0
+    values = jnp.where(kept, values, 0.0)  # a NaN in a row that is left out must not spread
+    drift = (policy_sum - reference_sum).mean(-1)
+    report = {"loss": values, "margin": margin, "accuracy": margin > 0, "log_ratio": drift}
+    return (values * batch.weights).sum(), {
+        name: jnp.where(kept, value * batch.weights, 0.0).sum() for name, value in report.items()
+    }
+
+
+@partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))
+def update(
+    learner: Learner,
+    frozen: Params,
+    reference: Params,
+    batch: PreferenceBatch,
+    *,
+    loss: Callable[[PairLogps], Array],
+    config: ModelConfig,
+    learner_config: LearnerConfig,
+) -> tuple[Learner, dict[str, Array]]:
+    """Takes one policy step on a batch of preference pairs (SEA paper, Algorithm 2, line 10).
+
+    Args:
+      learner: Learner; its buffers are donated.
+      frozen: the frozen part of the parameters.
+      reference: the reference policy's trained part.
+      batch: PreferenceBatch, [B]; if every weight is 0 the parameters stay as they are.
+      loss: `loss(pairs)` -> [B], with its hyper-parameters bound.
+      config: ModelConfig.
+      learner_config: LearnerConfig.
+
+    Returns:
+      Learner and scalars: loss, margin (h towards the preferred response), accuracy, log_ratio (mean log pi/pi_ref),
+      gradient_norm (before clipping), learning_rate.
+    """
+    count = batch.labels.shape[0] // learner_config.microbatch_size
+    microbatches = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    gradient = jax.grad(_loss, has_aux=True)
+
+    def accumulate(
+        carry: tuple[Params, dict[str, Array]], microbatch: PreferenceBatch
+    ) -> tuple[tuple[Params, dict[str, Array]], None]:
+        new = gradient(learner.trained, frozen, reference, microbatch, loss, config, learner_config)
+        return jax.tree.map(jnp.add, carry, new), None
+
+    if count == 1:
+        sums = gradient(learner.trained, frozen, reference, batch, loss, config, learner_config)
+    else:
+        shapes = jax.eval_shape(
+            lambda m: gradient(learner.trained, frozen, reference, m, loss, config, learner_config),
+            jax.tree.map(lambda x: x[0], microbatches),
+        )
+        sums, _ = jax.lax.scan(accumulate, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), microbatches)
+    total = batch.weights.sum()
+    gradients, report = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), sums)
+    updates, opt_state = optimizer(learner_config).update(gradients, learner.opt_state, learner.trained)
+    new = Learner(
+        trained=optax.apply_updates(learner.trained, updates), opt_state=opt_state, step=learner.step + 1
+    )
+    new = jax.tree.map(lambda after, before: jnp.where(total > 0, after, before), new, learner)
+    report["gradient_norm"] = optax.global_norm(gradients)
+    report["learning_rate"] = schedule(learner_config)(learner.step)
+    return new, report

@@ -1,0 +1,78 @@
+"""Token log-probs from hidden states: response positions only, the vocabulary in chunks."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from sea_jax.models import decoder
+from sea_jax.types import Array, Params
+
+CHUNK = 8192  # vocabulary entries whose logits are held at a time
+
+
+def _num_chunks(vocab_size: int, chunk: int) -> int:
+    """The fewest equal chunks of at most `chunk` entries; vocabularies without a fitting divisor are padded to them."""
+    fewest = -(-vocab_size // chunk)
+    for count in range(fewest, 2 * fewest + 1):
+        if vocab_size % count == 0:
+            return count
+    return fewest
+
+
+def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: int = CHUNK) -> Array:
+    """Returns log softmax(hidden @ unembedding^T) at the targets; no [N, V] array is ever held, nor saved for the gradient.
+
+    Args:
+      hidden: [N, d], in the compute dtype.
+      unembedding: [V, d], in the compute dtype.
+      targets: [N] int32.
+      chunk: vocabulary entries whose logits are held at a time.
+
+    Returns:
+      [N] float32; the log-sum-exp is taken in float32.
+    """
+    num_rows = hidden.shape[0]
+    vocab_size, num_features = unembedding.shape
+    count = _num_chunks(vocab_size, chunk)
+    size = -(-vocab_size // count)
+    padding = count * size - vocab_size
+    blocks = jnp.pad(unembedding, ((0, padding), (0, 0))).reshape(count, size, num_features)
+    starts = jnp.arange(count) * size
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        maximum, total = carry
+        weights, start = block
+        logits = jnp.einsum("nd,vd->nv", hidden, weights, preferred_element_type=jnp.float32)
+        if padding:
+            logits = jnp.where(start + jnp.arange(size) < vocab_size, logits, -jnp.inf)
+        new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(-1)))
+        total = total * jnp.exp(maximum - new_maximum) + jnp.exp(logits - new_maximum[:, None]).sum(-1)
+        return (new_maximum, total), None
+
+    zero = (jnp.full(num_rows, -jnp.inf), jnp.zeros(num_rows))
+    (maximum, total), _ = jax.lax.scan(step, zero, (blocks, starts))
+    target = jnp.einsum("nd,nd->n", hidden, unembedding[targets], preferred_element_type=jnp.float32)
+    return target - maximum - jnp.log(total)
+
+
+def response_logprobs(params: Params, config: decoder.ModelConfig, streams: decoder.Streams, tokens: Array) -> Array:
+    """Returns the log-prob of every response token, from the hidden states behind the last layer.
+
+    Args:
+      params: the decoder's parameters; only the last norm and the unembedding are used.
+      config: ModelConfig.
+      streams: hidden states behind the last stack: prompt [B, P, d], responses [B, M, T, d].
+      tokens: [B, M, T] int32, padded on the right.
+
+    Returns:
+      [B, M, T] float32; 0 on padding.
+    """
+    assert streams.responses is not None
+    last_prompt = jnp.broadcast_to(streams.prompt[:, None, -1:], (*tokens.shape[:2], 1, streams.prompt.shape[-1]))
+    hidden = jnp.concatenate([last_prompt, streams.responses[:, :, :-1]], axis=2)
+    hidden = decoder.final(params, config, hidden).reshape(-1, hidden.shape[-1])
+    unembedding = decoder.unembedding(params).astype(hidden.dtype)
+    values = token_logprobs(hidden, unembedding, tokens.reshape(-1)).reshape(tokens.shape)
+    return jnp.where(streams.responses_valid, values, 0.0)

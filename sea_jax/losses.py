@@ -1,0 +1,146 @@
+"""Direct optimizers: pairs of log-probs in, one loss per pair out.
+
+Every loss is written for a hard preference (chosen over rejected). `expected` turns it into a loss of a soft label, the
+probability that the first response wins, so that a new loss needs no case of its own for soft labels.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sea_jax.types import Array, Loss, PairLogps
+
+
+def log_ratio_margin(pairs: PairLogps) -> Array:
+    """Returns h = log[pi(y+)/pi_ref(y+)] - log[pi(y-)/pi_ref(y-)].
+
+    Args:
+      pairs: log-probs, [B].
+
+    Returns:
+      [B] float32.
+    """
+    return (pairs.chosen - pairs.reference_chosen) - (pairs.rejected - pairs.reference_rejected)
+
+
+def dpo(pairs: PairLogps, *, beta: float = 0.1) -> Array:
+    """Direct preference optimization, -log sigmoid(beta h) (https://arxiv.org/abs/2305.18290, Eq. 7).
+
+    Args:
+      pairs: log-probs, [B].
+      beta: strength of the pull towards the reference policy.
+
+    Returns:
+      [B] float32.
+    """
+    return -jax.nn.log_sigmoid(beta * log_ratio_margin(pairs))
+
+
+def ipo(pairs: PairLogps, *, beta: float = 0.2, length_averaged: bool = False) -> Array:
+    """Identity preference optimization, (h - 1/(2 beta))^2 (https://arxiv.org/abs/2310.12036, Eq. 17).
+
+    Args:
+      pairs: log-probs, [B].
+      beta: regularisation; the margin aimed at is 1/(2 beta).
+      length_averaged: divide each log-ratio by its response's length, as some implementations do.
+
+    Returns:
+      [B] float32.
+    """
+    chosen = pairs.chosen - pairs.reference_chosen
+    rejected = pairs.rejected - pairs.reference_rejected
+    if length_averaged:
+        chosen, rejected = chosen / pairs.chosen_length, rejected / pairs.rejected_length
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def slic(pairs: PairLogps, *, beta: float = 0.2) -> Array:
+    """Sequence likelihood calibration, max(0, 1 - beta h) (https://arxiv.org/abs/2305.10425, Eq. 12 of the SEA paper).
+
+    Args:
+      pairs: log-probs, [B].
+      beta: inverse of the margin at which the hinge is zero.
+
+    Returns:
+      [B] float32.
+    """
+    return jnp.maximum(0.0, 1 - beta * log_ratio_margin(pairs))
+
+
+def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3) -> Array:
+    """Simple preference optimization, without a reference (https://arxiv.org/abs/2405.14734, Eq. 6).
+
+    Args:
+      pairs: log-probs, [B]; those of the reference are not used.
+      beta: scale of the length-averaged log-probs.
+      gamma_over_beta: target margin in units of beta.
+
+    Returns:
+      [B] float32.
+    """
+    margin = pairs.chosen / pairs.chosen_length - pairs.rejected / pairs.rejected_length
+    return -jax.nn.log_sigmoid(beta * (margin - gamma_over_beta))
+
+
+LOSSES: Mapping[str, Callable[..., Array]] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
+
+
+def bind(loss: Callable[..., Array], hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Array]:
+    """Fixes a loss's hyper-parameters; those that are None keep the loss's own default.
+
+    Args:
+      loss: `loss(pairs, **hyper_parameters)` -> [B], built in or the user's own.
+      hyper_parameters: by name.
+
+    Returns:
+      `loss(pairs)` -> [B].
+
+    Raises:
+      ValueError: a hyper-parameter is given that the loss does not take.
+    """
+    given = {name: value for name, value in hyper_parameters.items() if value is not None}
+    takes = [name for name in inspect.signature(loss).parameters][1:]
+    for name in given:
+        if name not in takes:
+            raise ValueError(
+                f"config.loss.{name}={given[name]}: the loss '{loss.__name__}' takes no such hyper-parameter; "
+                f"it takes {', '.join(takes) or 'none'}"
+            )
+    return partial(loss, **given)
+
+
+def swap(pairs: PairLogps) -> PairLogps:
+    """Returns the same pairs with chosen and rejected exchanged.
+
+    Args:
+      pairs: log-probs, [B].
+
+    Returns:
+      PairLogps, [B].
+    """
+    return PairLogps(
+        chosen=pairs.rejected,
+        rejected=pairs.chosen,
+        reference_chosen=pairs.reference_rejected,
+        reference_rejected=pairs.reference_chosen,
+        chosen_length=pairs.rejected_length,
+        rejected_length=pairs.chosen_length,
+    )
+
+
+def expected(loss: Loss | Callable[[PairLogps], Array], pairs: PairLogps, labels: Array) -> Array:
+    """Returns the loss expected under soft labels: p loss(first over second) + (1 - p) loss(second over first).
+
+    Args:
+      loss: `loss(pairs)` -> [B].
+      pairs: log-probs with the first response as chosen, [B].
+      labels: [B] float32, probability p that the first response wins.
+
+    Returns:
+      [B] float32; labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
+    """
+    return labels * loss(pairs) + (1 - labels) * loss(swap(pairs))

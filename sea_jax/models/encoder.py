@@ -1,0 +1,120 @@
+"""A BERT encoder (https://arxiv.org/abs/1810.04805) as pure functions over stacked layers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal, ones, zeros
+
+from sea_jax.models.config import EncoderConfig
+from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
+from sea_jax.models.parameters import Params, ParamSpec, initialise
+
+
+def abstract(config: EncoderConfig) -> Params:
+    """The parameter tree with a ParamSpec for every leaf, from which init, loading and sharding derive.
+
+    Args:
+        config: the encoder's configuration.
+
+    Returns:
+        {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
+        "stacks": (one dict of [L, ...] leaves,)}.
+    """
+    weight = normal(config.init_std)
+    n, d = config.num_layers, config.d_model
+
+    def norm(*stacked: int) -> Params:
+        axes = ("layers",) * len(stacked) + (None,)
+        return {"scale": ParamSpec((*stacked, d), axes, ones), "bias": ParamSpec((*stacked, d), axes, zeros)}
+
+    def matrix(rows: int, columns: int, axes: tuple[str, str]) -> Params:
+        kernel = ParamSpec((n, rows, columns), ("layers", *axes), weight)
+        return {"kernel": kernel, "bias": ParamSpec((n, columns), ("layers", axes[1]), zeros)}
+
+    return {
+        "embed": {
+            "word": ParamSpec((config.vocab_size, d), ("vocab", "embed"), weight),
+            "position": ParamSpec((config.max_positions, d), (None, "embed"), weight),
+            "token_type": ParamSpec((config.num_token_types, d), (None, "embed"), weight),
+        },
+        "embed_norm": norm(),
+        "stacks": (
+            {
+                "q": matrix(d, d, ("embed", "heads")),
+                "k": matrix(d, d, ("embed", "heads")),
+                "v": matrix(d, d, ("embed", "heads")),
+                "o": matrix(d, d, ("heads", "embed")),
+                "attention_norm": norm(n),
+                "up": matrix(d, config.d_ff, ("embed", "mlp")),
+                "down": matrix(config.d_ff, d, ("mlp", "embed")),
+                "mlp_norm": norm(n),
+            },
+        ),
+    }
+
+
+def init(config: EncoderConfig, key: jax.Array) -> Params:
+    """Random parameters: matrices normal with the configuration's standard deviation, biases 0, norm scales 1.
+
+    Args:
+        config: the encoder's configuration.
+        key: a random key.
+
+    Returns:
+        The parameters, float32.
+    """
+    return initialise(abstract(config), key)
+
+
+def apply(params: Params, config: EncoderConfig, tokens: jax.Array, valid: jax.Array, *, dtype: Any) -> jax.Array:
+    """Runs the encoder; every token attends to all valid tokens of its sequence.
+
+    Args:
+        params: the encoder's parameters.
+        config: the encoder's configuration.
+        tokens: int [B, S], padded on the right; all of token type 0.
+        valid: bool [B, S], False on padding.
+        dtype: the dtype in which the layers compute; norms and softmax are float32.
+
+    Returns:
+        [B, S, d] hidden states after the last layer, in `dtype`.
+
+    Raises:
+        ValueError: S exceeds the positions that the encoder has embeddings for.
+    """
+    batch, length = tokens.shape
+    if length > config.max_positions:
+        raise ValueError(f"sequences of {length} tokens exceed the encoder's {config.max_positions} positions")
+    table = params["embed"]
+    x = table["word"][tokens] + table["token_type"][0] + table["position"][:length]
+    x = layer_norm(x, params["embed_norm"], config.norm_eps).astype(dtype).reshape(batch * length, -1)
+    # Finite, so that a row without a valid token still gets finite numbers.
+    bias = jnp.where(valid, 0.0, -1e30)[:, None, None, :]
+
+    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        q, k, v = (linear(x, layer[name]).reshape(batch, length, config.num_heads, -1) for name in ("q", "k", "v"))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(scores + bias, axis=-1).astype(dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch * length, -1)
+        x = layer_norm(x + linear(out, layer["o"]), layer["attention_norm"], config.norm_eps)
+        inner = ACTIVATIONS[config.activation](linear(x, layer["up"]))
+        return layer_norm(x + linear(inner, layer["down"]), layer["mlp_norm"], config.norm_eps), None
+
+    x, _ = jax.lax.scan(body, x, params["stacks"][0])
+    return x.reshape(batch, length, -1)
+
+
+def mean_pool(hidden: jax.Array, valid: jax.Array) -> jax.Array:
+    """Averages hidden states over the valid tokens, the sentence embedding of Sentence-BERT (https://arxiv.org/abs/1908.10084).
+
+    Args:
+        hidden: [B, S, d] hidden states.
+        valid: bool [B, S].
+
+    Returns:
+        float32 [B, d], not normalised; zeros where no token is valid.
+    """
+    weights = valid.astype(jnp.float32)[..., None]
+    total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
+    return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)

@@ -1,0 +1,261 @@
+"""Models in the format of Hugging Face: a config.json with safetensors or GGUF weights, to and from pytrees."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from sea_jax.models import config as configs
+from sea_jax.models import decoder, encoder, gguf, names, stored
+from sea_jax.models.config import EncoderConfig, ModelConfig
+from sea_jax.models.parameters import Params
+from sea_jax.models.stored import Stored
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+Place = tuple[int | None, str]
+"""Where a parameter stands: its layer, or None outside the layers, and its path there."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as loaded: its configuration, its parameters as float32 numpy arrays, and where it lay."""
+
+    config: ModelConfig | EncoderConfig
+    params: Params
+    directory: Path
+
+
+def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
+    """Loads a model, strictly: every tensor must have a place, and every parameter a tensor of its shape.
+
+    Args:
+        source: a directory with config.json and *.safetensors (shards with their index too) or one *.gguf; or the name
+            of a repository on the Hugging Face hub; or builtin:NAME, see `sea_jax.builtin.directory`.
+        cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
+
+    Returns:
+        The model, its parameters in float32.
+
+    Raises:
+        FileNotFoundError: a directory, config.json, weights or a shard that is not there, or a hub that does not have
+            the repository or cannot be asked.
+        ValueError: weights in pickle form only, a truncated or corrupt file, an unsupported configuration, a tensor
+            without a place, a parameter without a tensor, a tensor of another shape; the message names it.
+    """
+    directory = _directory(source)
+    config = configs.from_hf(_json(directory / "config.json"))
+    if isinstance(config, EncoderConfig) and cuts:
+        raise ValueError(f"cuts {tuple(cuts)} divide the layers of a decoder, but {directory} holds an encoder")
+    abstract = decoder.abstract(config, cuts) if isinstance(config, ModelConfig) else encoder.abstract(config)
+    params = jax.tree.map(lambda spec: np.empty(spec.shape, np.float32), abstract)
+    _fill(params, config, _tensors(directory, config), directory)
+    return Loaded(config, params, directory)
+
+
+def save(
+    directory: str | Path,
+    config: ModelConfig | EncoderConfig,
+    params: Params,
+    tokenizer_files_from: str | Path | None = None,
+) -> None:
+    """Writes config.json and model.safetensors as transformers reads them, all or nothing.
+
+    Args:
+        directory: where to; must not exist yet, or be empty.
+        config: the model's configuration.
+        params: the model's parameters, their layers divided in any way.
+        tokenizer_files_from: a model's directory whose tokenizer files, generation_config.json and ids of the
+            beginning, end and padding tokens are taken over, or None.
+
+    Raises:
+        FileExistsError: the directory holds something already.
+        ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; pass a directory that does not exist yet")
+    tensors = _to_tensors(config, params)
+    fields = configs.to_hf(config) | {"dtype": "float32", "torch_dtype": "float32"}
+    # Without these fields transformers would assume its own defaults, which are some other tokenizer's ids.
+    fields |= dict.fromkeys(_TOKEN_IDS)
+    temporary = directory.parent / f".{directory.name}-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        if tokenizer_files_from is not None:
+            origin = Path(tokenizer_files_from)
+            if (origin / "config.json").is_file():
+                known = _json(origin / "config.json")
+                fields |= {name: known.get(name) for name in _TOKEN_IDS}
+            for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+                for path in origin.glob(pattern):
+                    shutil.copyfile(path, temporary / path.name)
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        # save_file makes the file private; it should be as readable as its neighbour.
+        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
+        temporary.replace(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _directory(source: str | Path) -> Path:
+    """The directory that a source stands for."""
+    name = str(source)
+    if name.startswith("builtin:"):
+        from sea_jax import builtin
+
+        return builtin.directory(name.removeprefix("builtin:"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    # Names on the hub have the form name or owner/name.
+    if isinstance(source, Path) or path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{path} is not a directory; pass one that holds config.json and the weights")
+    try:
+        patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # The hub's client lets errors of its HTTP library through.
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no directory {name!r} here, and the Hugging Face hub gave no such model ({type(error).__name__}: {reason}); "
+            "pass a directory that holds config.json and the weights"
+        ) from error
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """A JSON object from a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a model's directory holds config.json and the weights")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; a JSON object is needed")
+    return value
+
+
+def _tensors(directory: Path, config: ModelConfig | EncoderConfig) -> dict[str, Stored]:
+    """The tensors of a directory by the names of Hugging Face checkpoints."""
+    if found := stored.safetensors(directory):
+        return found
+    quantised = sorted(directory.glob("*.gguf"))
+    if len(quantised) > 1:
+        raise ValueError(f"{directory} holds {', '.join(path.name for path in quantised)}; keep one GGUF file")
+    if quantised and (not isinstance(config, ModelConfig) or config.family != "llama"):
+        raise ValueError(f"{quantised[0]} is GGUF, which is supported for llama, but config.json says {config.family}")
+    if quantised and isinstance(config, ModelConfig):
+        return gguf.tensors(quantised[0], config.num_heads, config.num_kv_heads)
+    if pickled := sorted((*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth"))):
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run any code when it is read; convert it to safetensors "
+            "(save_pretrained of transformers does)"
+        )
+    raise FileNotFoundError(f"{directory} holds no *.safetensors and no *.gguf; pass a directory with the weights")
+
+
+def _places(params: Params) -> dict[Place, np.ndarray]:
+    """Every parameter of every layer as a view of the leaf it is a part of."""
+    outer = {name: value for name, value in params.items() if name != "stacks"}
+    places: dict[Place, np.ndarray] = {(None, path): leaf for path, leaf in flatten_dict(outer, sep="/").items()}
+    first = 0
+    for stack in params["stacks"]:
+        leaves = flatten_dict(stack, sep="/")
+        count = len(next(iter(leaves.values())))
+        places |= {(first + i, path): leaf[i] for path, leaf in leaves.items() for i in range(count)}
+        first += count
+    return places
+
+
+def _named(config: ModelConfig | EncoderConfig, places: Mapping[Place, Any]) -> dict[str, tuple[Place, ...]]:
+    """The tensors that hold the parameters, each with the places of what it holds."""
+    whole = names.layout(config.family, config.num_layers)
+    return {name: holds for name, holds in whole.items() if all(place in places for place in holds)}
+
+
+def _stored_shape(holds: Sequence[Place], places: Mapping[Place, np.ndarray]) -> tuple[int, ...]:
+    """The shape of a tensor in a checkpoint, where matrices stand as [out, in]."""
+    shape = places[holds[0]].shape
+    shape = shape[::-1] if holds[0][1].endswith("kernel") else shape
+    return (len(holds) * shape[0], *shape[1:])
+
+
+def _fill(params: Params, config: ModelConfig | EncoderConfig, tensors: Mapping[str, Stored], directory: Path) -> None:
+    """Reads every tensor into its place, having checked that tensors and parameters match one to one."""
+    places = _places(params)
+    expected = _named(config, places)
+    given = {names.canonical(config.family, name): tensor for name, tensor in tensors.items()}
+    model = f"a {config.family} of {config.num_layers} layers as config.json describes it"
+    for name in sorted(set(given) - set(expected)):
+        if names.FAMILIES[config.family].ignored.fullmatch(name):
+            continue
+        if names.FAMILIES[config.family].outer.get(name) == ("unembed",):
+            _check_tied(name, given, expected)
+            continue
+        raise ValueError(f"tensor {name!r} in {given[name].path} has no place in {model}; is the config.json its own?")
+    if missing := sorted(set(expected) - set(given)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"tensor {missing[0]!r}{more} of {model} not found in {directory}; are all files there?")
+    for name, holds in expected.items():
+        shape = _stored_shape(holds, places)
+        if given[name].shape != shape:
+            raise ValueError(f"tensor {name!r} in {given[name].path} has shape {given[name].shape}, expected {shape}")
+    for name, holds in expected.items():
+        rows = given[name].read()
+        if len(holds) > 1:
+            rows = rows.reshape(config.num_heads, len(holds), -1, *rows.shape[1:])
+        for i, place in enumerate(holds):
+            part = rows[:, i].reshape(-1, *rows.shape[3:]) if len(holds) > 1 else rows
+            places[place][...] = part.T if place[1].endswith("kernel") else part
+
+
+def _check_tied(name: str, given: Mapping[str, Stored], expected: Mapping[str, tuple[Place, ...]]) -> None:
+    """An unembedding beside tied embeddings may stand in the file only as a copy of them."""
+    table = next(tensor for tensor, holds in expected.items() if holds == ((None, "embed"),))
+    if table in given and not np.array_equal(given[name].read(), given[table].read()):
+        raise ValueError(
+            f"tensor {name!r} in {given[name].path} differs from {table!r} though config.json field "
+            "'tie_word_embeddings' says they are one; set it to false"
+        )
+
+
+def _to_tensors(config: ModelConfig | EncoderConfig, params: Params) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, from parameters that must be those of the configuration."""
+    abstract = decoder.abstract(config) if isinstance(config, ModelConfig) else encoder.abstract(config)
+    specs = _places(jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), abstract))
+    places = _places(jax.tree.map(np.asarray, params))
+    for place in sorted(set(specs) ^ set(places), key=str):
+        found, wanted = ("it is", "not in") if place in places else ("it is not", "in")
+        raise ValueError(f"parameter {place[1]!r} of layer {place[0]}: {found} given, but {wanted} the configuration")
+    for place, spec in specs.items():
+        if places[place].shape != spec.shape:
+            raise ValueError(
+                f"parameter {place[1]!r} of layer {place[0]} has shape {places[place].shape}, expected {spec.shape}"
+            )
+
+    def rows(place: Place) -> np.ndarray:
+        part = places[place].astype(np.float32)
+        # save_file writes the memory as it lies, so a transposed view must become an array of its own.
+        return np.ascontiguousarray(part.T if place[1].endswith("kernel") else part)
+
+    def tensor(holds: Sequence[Place]) -> np.ndarray:
+        parts = [rows(place) for place in holds]
+        if len(parts) == 1:
+            return parts[0]
+        return np.stack([part.reshape(config.num_heads, -1, *part.shape[1:]) for part in parts], axis=1).reshape(
+            -1, *parts[0].shape[1:]
+        )
+
+    return {name: tensor(holds) for name, holds in _named(config, places).items()}

@@ -1,0 +1,148 @@
+"""How Hugging Face checkpoints name and arrange the parameters of each model family."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Layout = Mapping[str, tuple[str, ...]]
+"""Tensor name -> the path of the parameter it holds, or three where the rows interleave q, k and v head by head."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of one family: outside the layers, inside each, those without a parameter, and other spellings."""
+
+    outer: Layout
+    layer_prefix: str
+    layer: Layout
+    ignored: re.Pattern[str]
+    spellings: tuple[tuple[str, str], ...] = ()
+
+
+_LLAMA = Names(
+    outer={
+        "model.embed_tokens.weight": ("embed",),
+        "model.norm.weight": ("final_norm/scale",),
+        "lm_head.weight": ("unembed",),
+    },
+    layer_prefix="model.layers.",
+    layer={
+        "input_layernorm.weight": ("attention_norm/scale",),
+        "self_attn.q_proj.weight": ("q/kernel",),
+        "self_attn.q_proj.bias": ("q/bias",),
+        "self_attn.k_proj.weight": ("k/kernel",),
+        "self_attn.k_proj.bias": ("k/bias",),
+        "self_attn.v_proj.weight": ("v/kernel",),
+        "self_attn.v_proj.bias": ("v/bias",),
+        "self_attn.o_proj.weight": ("o/kernel",),
+        "self_attn.o_proj.bias": ("o/bias",),
+        "post_attention_layernorm.weight": ("mlp_norm/scale",),
+        "mlp.gate_proj.weight": ("gate/kernel",),
+        "mlp.gate_proj.bias": ("gate/bias",),
+        "mlp.up_proj.weight": ("up/kernel",),
+        "mlp.up_proj.bias": ("up/bias",),
+        "mlp.down_proj.weight": ("down/kernel",),
+        "mlp.down_proj.bias": ("down/bias",),
+    },
+    # Buffers that older versions of transformers saved.
+    ignored=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+)
+
+_GPT_NEOX = Names(
+    outer={
+        "gpt_neox.embed_in.weight": ("embed",),
+        "gpt_neox.final_layer_norm.weight": ("final_norm/scale",),
+        "gpt_neox.final_layer_norm.bias": ("final_norm/bias",),
+        "embed_out.weight": ("unembed",),
+    },
+    layer_prefix="gpt_neox.layers.",
+    layer={
+        "input_layernorm.weight": ("attention_norm/scale",),
+        "input_layernorm.bias": ("attention_norm/bias",),
+        "attention.query_key_value.weight": ("q/kernel", "k/kernel", "v/kernel"),
+        "attention.query_key_value.bias": ("q/bias", "k/bias", "v/bias"),
+        "attention.dense.weight": ("o/kernel",),
+        "attention.dense.bias": ("o/bias",),
+        "post_attention_layernorm.weight": ("mlp_norm/scale",),
+        "post_attention_layernorm.bias": ("mlp_norm/bias",),
+        "mlp.dense_h_to_4h.weight": ("up/kernel",),
+        "mlp.dense_h_to_4h.bias": ("up/bias",),
+        "mlp.dense_4h_to_h.weight": ("down/kernel",),
+        "mlp.dense_4h_to_h.bias": ("down/bias",),
+    },
+    # Rotary buffers and causal masks that older versions of transformers saved.
+    ignored=re.compile(r"gpt_neox\.(layers\.\d+\.attention\.)?(rotary_emb\.inv_freq|bias|masked_bias)"),
+    # The name inside transformers 5, which saves it under the older one.
+    spellings=((r"^lm_head\.", "embed_out."),),
+)
+
+_BERT = Names(
+    outer={
+        "embeddings.word_embeddings.weight": ("embed/word",),
+        "embeddings.position_embeddings.weight": ("embed/position",),
+        "embeddings.token_type_embeddings.weight": ("embed/token_type",),
+        "embeddings.LayerNorm.weight": ("embed_norm/scale",),
+        "embeddings.LayerNorm.bias": ("embed_norm/bias",),
+    },
+    layer_prefix="encoder.layer.",
+    layer={
+        "attention.self.query.weight": ("q/kernel",),
+        "attention.self.query.bias": ("q/bias",),
+        "attention.self.key.weight": ("k/kernel",),
+        "attention.self.key.bias": ("k/bias",),
+        "attention.self.value.weight": ("v/kernel",),
+        "attention.self.value.bias": ("v/bias",),
+        "attention.output.dense.weight": ("o/kernel",),
+        "attention.output.dense.bias": ("o/bias",),
+        "attention.output.LayerNorm.weight": ("attention_norm/scale",),
+        "attention.output.LayerNorm.bias": ("attention_norm/bias",),
+        "intermediate.dense.weight": ("up/kernel",),
+        "intermediate.dense.bias": ("up/bias",),
+        "output.dense.weight": ("down/kernel",),
+        "output.dense.bias": ("down/bias",),
+        "output.LayerNorm.weight": ("mlp_norm/scale",),
+        "output.LayerNorm.bias": ("mlp_norm/bias",),
+    },
+    # The pooler and the pretraining heads stand after the hidden states that the encoder returns.
+    ignored=re.compile(r"embeddings\.(position_ids|token_type_ids)|pooler\..*|cls\..*"),
+    # Saved with a head on top, and by the first TensorFlow conversions.
+    spellings=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+)
+
+FAMILIES: Mapping[str, Names] = {"llama": _LLAMA, "gpt_neox": _GPT_NEOX, "bert": _BERT}
+"""The names of each family, by ModelConfig.family or EncoderConfig.family."""
+
+
+def canonical(family: str, tensor: str) -> str:
+    """The one spelling of a tensor's name that the family's layouts use.
+
+    Args:
+        family: a key of FAMILIES.
+        tensor: the tensor's name in a checkpoint.
+
+    Returns:
+        The name in the layouts' spelling, unchanged where there is no other.
+    """
+    for pattern, replacement in FAMILIES[family].spellings:
+        tensor = re.sub(pattern, replacement, tensor)
+    return tensor
+
+
+def layout(family: str, num_layers: int) -> dict[str, tuple[tuple[int | None, str], ...]]:
+    """Every tensor that a checkpoint of the family may hold, with the parameters in it.
+
+    Args:
+        family: a key of FAMILIES.
+        num_layers: layers in the model.
+
+    Returns:
+        Tensor name -> (layer number, or None outside the layers; path of the parameter) for each parameter it holds.
+    """
+    names = FAMILIES[family]
+    whole: dict[str, tuple[tuple[int | None, str], ...]] = {
+        tensor: tuple((None, path) for path in paths) for tensor, paths in names.outer.items()
+    }
+    for layer in range(num_layers):
+        for tensor, paths in names.layer.items():
+            whole[f"{names.layer_prefix}{layer}.{tensor}"] = tuple((layer, path) for path in paths)
+    return whole

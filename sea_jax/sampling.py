@@ -1,0 +1,207 @@
+"""Which two of the M candidates are compared: Thompson sampling and the other duel rules.
+
+A rule is `rule(rewards [K, B, M], distinct [B, M, M], key) -> Duel`. `distinct[b, i, j]` says that the texts of candidates i
+and j differ: two identical texts tell an oracle nothing, so a rule picks among the distinct pairs wherever there are any.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sea_jax.types import Array, Duel, DuelRule
+
+NEVER = -jnp.inf
+
+
+def _random_head(rewards: Array, key: Array) -> Array:
+    """One head per prompt, drawn uniformly: rewards [K, B, M] -> that head's rewards [B, M]."""
+    num_heads, num_prompts, _ = rewards.shape
+    head = jax.random.randint(key, (num_prompts,), 0, num_heads)
+    return rewards[head, jnp.arange(num_prompts)]
+
+
+def _differs_from(distinct: Array, first: Array) -> Array:
+    """Row `first` of each prompt: distinct [B, M, M], first [B] -> [B, M]."""
+    return jnp.take_along_axis(distinct, first[:, None, None], axis=1)[:, 0]
+
+
+def _best_pair(score: Array, distinct: Array) -> Duel:
+    """The distinct pair with the highest score: score [B, M, M] -> Duel [B]."""
+    num_candidates = score.shape[-1]
+    best = jnp.where(distinct, score, NEVER).reshape(score.shape[0], -1).argmax(-1).astype(jnp.int32)
+    return Duel(first=best // num_candidates, second=best % num_candidates)
+
+
+def passive(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """Compares two plain samples of the policy: the first, and the next one whose text differs.
+
+    Args:
+      rewards: [K, B, M] float32, not used.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: not used.
+
+    Returns:
+      Duel, [B].
+    """
+    first = jnp.zeros(rewards.shape[1], jnp.int32)
+    return Duel(first=first, second=_differs_from(distinct, first).argmax(-1).astype(jnp.int32))
+
+
+def ee_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """Thompson sampling for explore and exploit (SEA paper, Algorithm 2, lines 5 and 6).
+
+    Heads are drawn again until their best response differs from the first; drawing without replacement gives the same
+    distribution and ends. If every head agrees, the drawn head's best differing response is taken.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B].
+    """
+    num_heads, num_prompts, _ = rewards.shape
+    keys = jax.random.split(key, num_prompts)
+    order = jax.vmap(lambda k: jax.random.permutation(k, num_heads))(keys)  # [B, K]
+    shuffled = jnp.take_along_axis(rewards.swapaxes(0, 1), order[:, :, None], axis=1)  # [B, K, M]
+    best = shuffled.argmax(-1)  # [B, K]
+    first = best[:, 0]
+    candidates = _differs_from(distinct, first)  # [B, M]
+    other = jnp.take_along_axis(candidates, best, axis=1)  # [B, K]: this head's best differs from the first
+    redrawn = jnp.take_along_axis(best, other.argmax(-1)[:, None], axis=1)[:, 0]
+    runner_up = jnp.where(candidates, shuffled[:, 0], NEVER).argmax(-1)
+    second = jnp.where(other.any(-1), redrawn, runner_up)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+
+
+def bai_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """Thompson sampling for best-arm identification (SEA paper, Algorithm 2, lines 5 and 7).
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B]: the best under a random head, against the response whose preference the heads dispute most.
+    """
+    first = _random_head(rewards, key).argmax(-1)
+    first_reward = jnp.take_along_axis(rewards, first[None, :, None], axis=2)
+    disagreement = jax.nn.sigmoid(first_reward - rewards).var(0)  # [B, M]
+    second = jnp.where(_differs_from(distinct, first), disagreement, NEVER).argmax(-1)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+
+
+def uncertainty(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """Pure exploration: the pair whose logit difference the heads dispute most (SEA paper, App. G.1).
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: not used.
+
+    Returns:
+      Duel, [B].
+    """
+    return _best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
+
+
+def max_margin(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """The pair that a random head tells apart most: its best against its worst.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B]; the first is the better one under the drawn head.
+    """
+    reward = _random_head(rewards, key)
+    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+
+
+def best_against_worst(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """The pair that the ensemble's mean tells apart most: its best against its worst.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: not used.
+
+    Returns:
+      Duel, [B]; the first is the better one under the mean.
+    """
+    reward = rewards.mean(0)
+    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+
+
+RULES: Mapping[str, DuelRule] = {
+    "passive": passive,
+    "ee_ts": ee_ts,
+    "bai_ts": bai_ts,
+    "uncertainty": uncertainty,
+    "max_margin": max_margin,
+    "best_against_worst": best_against_worst,
+}
+
+
+def best_of_n(rewards: Array) -> Array:
+    """Returns the candidate that the ensemble's mean ranks highest.
+
+    Args:
+      rewards: [K, B, N] float32.
+
+    Returns:
+      [B] int32.
+    """
+    return rewards.mean(0).argmax(-1).astype(jnp.int32)
+
+
+def duel_rewards(rewards: Array, duel: Duel) -> tuple[Array, Array]:
+    """Returns every head's reward of the two duellists.
+
+    Args:
+      rewards: [K, B, M] float32.
+      duel: Duel, [B].
+
+    Returns:
+      ([K, B], [K, B]) float32, of the first and of the second.
+    """
+    return (
+        jnp.take_along_axis(rewards, duel.first[None, :, None], axis=2)[..., 0],
+        jnp.take_along_axis(rewards, duel.second[None, :, None], axis=2)[..., 0],
+    )
+
+
+def head_label(rewards: Array, duel: Duel, key: Array) -> Array:
+    """Labels a duel as one random head per prompt sees it.
+
+    Args:
+      rewards: [K, B, M] float32.
+      duel: Duel, [B].
+      key: random key.
+
+    Returns:
+      [B] float32: 1 where the drawn head prefers the first response, 0 where the second, 0.5 on a tie.
+    """
+    first, second = duel_rewards(rewards, duel)
+    head = jax.random.randint(key, (rewards.shape[1],), 0, rewards.shape[0])
+    margin = jnp.take_along_axis(first - second, head[None], axis=0)[0]
+    return (jnp.sign(margin) + 1) / 2
+
+
+def mean_label(rewards: Array, duel: Duel) -> Array:
+    """Labels a duel softly, as the ensemble on the whole sees it: mean over heads of sigmoid(r(first) - r(second)).
+
+    Args:
+      rewards: [K, B, M] float32.
+      duel: Duel, [B].
+
+    Returns:
+      [B] float32, the probability that the first response wins.
+    """
+    first, second = duel_rewards(rewards, duel)
+    return jax.nn.sigmoid(first - second).mean(0)

@@ -1,0 +1,231 @@
+"""Supervised fine-tuning of a starting policy: `python -m sea_jax.sft --config=configs/quickstart_sft.py`."""
+
+import functools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sea_jax import cache, console, data, learner, metrics, wiring
+from sea_jax import config as configuration
+from sea_jax.data import Rendered
+from sea_jax.learner import Learner, LearnerConfig
+from sea_jax.models import hf
+from sea_jax.models.config import ModelConfig
+from sea_jax.tokenizer import Tokenizer
+from sea_jax.types import Array, Params, Prompts
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
+
+RECIPE = "sea_jax_sft.json"  # in the output: the configuration that made it
+
+
+def negative_logprob(
+    trained: Params,
+    frozen: Params,
+    prompts: Prompts,
+    tokens: Array,
+    lengths: Array,
+    *,
+    config: ModelConfig,
+    learner_config: LearnerConfig,
+) -> Array:
+    """Returns the mean negative log-prob of the references' tokens.
+
+    Args:
+      trained: the trained part of the parameters.
+      frozen: the frozen part.
+      prompts: Prompts, [B, P].
+      tokens: [B, 1, T] int32, references with the end-of-sequence token, padded on the right.
+      lengths: [B, 1] int32.
+      config: ModelConfig.
+      learner_config: LearnerConfig.
+
+    Returns:
+      Scalar float32, nats per token.
+    """
+    (values,) = learner.response_logprobs(
+        frozen,
+        (trained,),
+        prompts,
+        tokens,
+        lengths,
+        config=config,
+        remat=learner_config.remat,
+        dtype=learner_config.dtype,
+    )
+    return -values.sum() / lengths.sum()
+
+
+@functools.partial(jax.jit, static_argnames=("config", "learner_config"), donate_argnames=("state",))
+def update(
+    state: Learner,
+    frozen: Params,
+    prompts: Prompts,
+    tokens: Array,
+    lengths: Array,
+    *,
+    config: ModelConfig,
+    learner_config: LearnerConfig,
+) -> tuple[Learner, Array]:
+    """Takes one gradient step on a batch of references.
+
+    Args:
+      state: Learner; its buffers are donated.
+      frozen: the frozen part of the parameters.
+      prompts: Prompts, [B, P].
+      tokens: [B, 1, T] int32.
+      lengths: [B, 1] int32.
+      config: ModelConfig.
+      learner_config: LearnerConfig.
+
+    Returns:
+      Learner and the loss before the step, nats per token.
+    """
+    loss, gradients = jax.value_and_grad(negative_logprob)(
+        state.trained, frozen, prompts, tokens, lengths, config=config, learner_config=learner_config
+    )
+    updates, opt_state = learner.optimizer(learner_config).update(gradients, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    return Learner(trained=trained, opt_state=opt_state, step=state.step + 1), loss
+
+
+def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response_tokens: int) -> list[Rendered]:
+    """Returns the prompts whose reference, the end of the sequence included, is given and short enough.
+
+    Args:
+      rendered: prompts.
+      words: the policy's tokenizer.
+      max_response_tokens: T.
+
+    Returns:
+      Those that are kept.
+
+    Raises:
+      ValueError: none is.
+    """
+    kept = [
+        one
+        for one in rendered
+        if one.record["reference"] and len(_reference_ids(one, words)) <= max_response_tokens
+    ]
+    logging.info("%d of %d prompts have a reference of up to %d tokens", len(kept), len(rendered), max_response_tokens)
+    if not kept:
+        raise ValueError(
+            f"none of {len(rendered)} prompts has a reference of up to config.max_response_tokens={max_response_tokens} "
+            "tokens; name the references' field in config.data.reference_field, or raise the limit"
+        )
+    return kept
+
+
+def _reference_ids(one: Rendered, words: Tokenizer) -> list[int]:
+    """A space before it: the template ends without one, and most tokenizers join the space to the word."""
+    return [*words.encode(" " + one.record["reference"].strip(), add_special=False), words.eos_id]
+
+
+def _batches(
+    rendered: Sequence[Rendered], words: Tokenizer, *, max_response_tokens: int, bucket: int, batch_size: int, seed: int
+) -> Iterator[tuple[Prompts, np.ndarray, np.ndarray]]:
+    """Endless batches of prompts, reference tokens [B, 1, T] and lengths [B, 1], in an order of the seed's."""
+
+    def collate(rows: Sequence[Rendered]) -> tuple[Prompts, np.ndarray, np.ndarray]:
+        batch = data.collate(rows, words.pad_id, bucket)
+        tokens = np.full((len(rows), 1, max_response_tokens), words.pad_id, np.int32)
+        lengths = np.zeros((len(rows), 1), np.int32)
+        for row, one in enumerate(rows):
+            ids = _reference_ids(one, words)
+            tokens[row, 0, : len(ids)], lengths[row] = ids, len(ids)
+        return Prompts(batch["tokens"], batch["valid"]), tokens, lengths
+
+    return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate))
+
+
+def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
+    """Fine-tunes a policy on references and writes it as a Hugging Face directory.
+
+    Args:
+      config: a configuration that `config.validate` accepts.
+      output: where the model goes; replaced if it is there.
+
+    Raises:
+      ValueError: a field or file does not fit.
+      NotFiniteError: the loss is not finite.
+    """
+    begin = time.perf_counter()
+    policy = wiring.policy(config.policy.source, config.policy.train_last_layers)
+    train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
+    limit, words = config.max_response_tokens, policy.tokenizer
+    batches = functools.partial(
+        _batches,
+        words=words,
+        max_response_tokens=limit,
+        bucket=config.data.bucket,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+    )
+    train_batches = batches(with_references(train_prompts, words, limit))
+    heldout_pairs = with_references(heldout_prompts, words, limit)
+    heldout_batches = batches(heldout_pairs)
+    heldout = [next(heldout_batches) for _ in range(max(1, len(heldout_pairs) // config.data.batch_size))]
+    learner_config = wiring.learner_config(config.learner, config.policy.dtype, config.steps)
+    loss = jax.jit(functools.partial(negative_logprob, config=policy.config, learner_config=learner_config))
+
+    def heldout_loss(trained: Params) -> float:
+        return float(np.mean([loss(trained, policy.frozen, *batch) for batch in heldout]))
+
+    state = learner.init(policy.reference, learner_config)
+    before = heldout_loss(state.trained)
+    with metrics.Progress(config.steps, "step", 0) as progress:
+        for step in range(1, config.steps + 1):
+            state, value = update(
+                state, policy.frozen, *next(train_batches), config=policy.config, learner_config=learner_config
+            )
+            metrics.check_finite({"train/loss": float(value)}, step, None)
+            progress.update(step, {"loss": float(value)})
+    after = heldout_loss(state.trained)
+    hf.save(output, policy.config, jax.device_get(learner.join(policy.frozen, state.trained)), policy.directory)
+    (output / RECIPE).write_text(config.to_json_best_effort() + "\n")
+    print(
+        f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "
+        f"{time.perf_counter() - begin:.0f} s in all. The model is in {output}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags and turns foreseen errors into one line and exit status 1."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
+    config = CONFIG.value
+    console.quiet_libraries()
+    cache.keep_compiled_programs()
+    try:
+        configuration.validate(config)
+        output = cache.resolve(config.output)
+        recipe = output / RECIPE
+        if recipe.exists() and json.loads(recipe.read_text()) == json.loads(config.to_json_best_effort()):
+            print(f"{output} holds this model already; nothing to do")
+            return
+        if output.exists() and any(output.iterdir()) and not recipe.exists():
+            raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
+        if output.exists():
+            shutil.rmtree(output)
+        fine_tune(config, output)
+    except (ValueError, OSError, metrics.NotFiniteError) as error:
+        logging.debug("in detail", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,135 @@
+"""The frozen pytrees that flow through one step, and the shapes of the functions a user may bring.
+
+Letters: B prompts, M candidates, K heads, P prompt tokens, T response tokens, d features.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array
+Params = Any  # a nested dict (or tuple) of arrays
+
+
+@struct.dataclass
+class Prompts:
+    """Tokenised prompts, padded on the left so that the last prompt token is the last column.
+
+    Attributes:
+      tokens: [B, P] int32.
+      valid: [B, P] bool, False on padding.
+    """
+
+    tokens: Array
+    valid: Array
+
+
+@struct.dataclass
+class Candidates:
+    """M sampled responses to each prompt.
+
+    Attributes:
+      tokens: [B, M, T] int32, the end-of-sequence token included, padded behind it.
+      lengths: [B, M] int32, response tokens, the end-of-sequence token included.
+      logprobs: [B, M, T] float32, of the sampled tokens at temperature 1; 0 on padding.
+      features: [B, M, d] float32, mean over the response tokens of the hidden state read for the ERM.
+    """
+
+    tokens: Array
+    lengths: Array
+    logprobs: Array
+    features: Array
+
+
+@struct.dataclass
+class Duel:
+    """The two candidates of each prompt that are compared.
+
+    Attributes:
+      first: [B] int32, index of the first response among the M candidates.
+      second: [B] int32, index of the second response.
+    """
+
+    first: Array
+    second: Array
+
+
+@struct.dataclass
+class PairLogps:
+    """What a direct optimizer knows of a preference pair: log-probs summed over the response tokens.
+
+    Attributes:
+      chosen: [B] float32, log pi(y+ | x).
+      rejected: [B] float32, log pi(y- | x).
+      reference_chosen: [B] float32, log pi_ref(y+ | x).
+      reference_rejected: [B] float32, log pi_ref(y- | x).
+      chosen_length: [B] int32, response tokens of y+.
+      rejected_length: [B] int32, response tokens of y-.
+    """
+
+    chosen: Array
+    rejected: Array
+    reference_chosen: Array
+    reference_rejected: Array
+    chosen_length: Array
+    rejected_length: Array
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Pairs for one policy step; a label is the probability that the first response wins.
+
+    Attributes:
+      prompts: Prompts, [B, P].
+      tokens: [B, 2, T] int32, first and second response, padded on the right.
+      lengths: [B, 2] int32, response tokens.
+      labels: [B] float32 in [0, 1].
+      weights: [B] float32, 0 leaves a pair out.
+    """
+
+    prompts: Prompts
+    tokens: Array
+    lengths: Array
+    labels: Array
+    weights: Array
+
+
+class Judgement(NamedTuple):
+    """What an oracle says of N duels.
+
+    Attributes:
+      probability: [N] float64, that the first response wins, before any noise.
+      label: [N] float64 in [0, 1], the label that is paid for and learnt from.
+    """
+
+    probability: np.ndarray
+    label: np.ndarray
+
+
+class Loss(Protocol):
+    """A direct optimizer: `loss(pairs, **hyper_parameters)` -> [B]."""
+
+    def __call__(self, pairs: PairLogps, /, **hyper_parameters: Any) -> Array: ...
+
+
+class DuelRule(Protocol):
+    """Picks the duel: `rule(rewards [K, B, M], distinct [B, M, M], key)` -> Duel."""
+
+    def __call__(self, rewards: Array, distinct: Array, key: Array, /) -> Duel: ...
+
+
+class Preference(Protocol):
+    """The noise-free taste behind an oracle: N prompts and two responses each -> [N] P(first wins)."""
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> np.ndarray: ...
+
+
+class Oracle(Protocol):
+    """Labels N duels: texts in, one `Judgement` out; a random key per duel drives whatever noise there is."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, /
+    ) -> Judgement: ...

@@ -1,0 +1,70 @@
+"""What several test files need."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+from sea_jax import builtin, tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _write_gguf(path: Path, pre: str = "smollm") -> None:
+    """Writes a GGUF file of a Llama with one tensor, and a tokenizer of 3 control tokens, 256 bytes and 3 merges."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = ["h i", "Ġ hi", "1 2"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(128)
+    writer.add_embedding_length(8)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(50_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., None]:
+    """Writes a tiny GGUF file to a path."""
+    return _write_gguf
+
+
+@pytest.fixture(scope="session")
+def gguf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny GGUF file and the config.json and tokenizer files written from it."""
+    directory = tmp_path_factory.mktemp("gguf")
+    _write_gguf(directory / "tiny.gguf")
+    builtin.describe_gguf(directory / "tiny.gguf")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(gguf_directory: Path) -> tokenizer.Tokenizer:
+    """A tokenizer of 3 control tokens (2: end and padding), the bytes, "hi", " hi" and "12"; with a chat template."""
+    return tokenizer.load(gguf_directory)

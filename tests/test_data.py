@@ -1,0 +1,283 @@
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import grain
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from sea_jax import data, docstrings
+from sea_jax.data import Record, Rendered
+from sea_jax.tokenizer import Tokenizer
+
+
+def record(prompt: str) -> Record:
+    return {"id": data.digest(prompt)[:16], "prompt": prompt, "reference": ""}
+
+
+def rendered(*lengths: int) -> list[Rendered]:
+    """Prompts of given numbers of tokens; prompt i is i + 1, many times."""
+    return [Rendered(record(f"prompt {i}"), [i + 1] * length) for i, length in enumerate(lengths)]
+
+
+def lines(path: Path, *objects: object) -> Path:
+    path.write_text("\n".join(json.dumps(one) for one in objects) + "\n")
+    return path
+
+
+# jsonl
+
+
+def test_jsonl_reads_the_named_fields_and_gives_ids_to_those_without(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"post": "one", "summary": "1", "id": 7},
+        {"post": "two", "summary": None},
+    )
+    path.write_text("\ufeff" + path.read_text() + "\n  \n")
+    assert data.jsonl(path, "post", "summary") == [
+        {"id": "7", "prompt": "one", "reference": "1"},
+        {"id": "3fc4ccfe745870e2", "prompt": "two", "reference": ""},
+    ]
+    assert [one["reference"] for one in data.jsonl(path, "post")] == ["", ""]
+
+
+def test_of_lines_with_the_same_prompt_the_first_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = lines(tmp_path / "a.jsonl", {"p": "x", "r": "1"}, {"p": "x", "r": "2"}, {"p": "y", "r": "3"})
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert [one["reference"] for one in data.jsonl(path, "p", "r")] == ["1", "3"]
+    assert "2 prompts; 1 lines that repeat one are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"p": "x", ', "not JSON"),
+        (b'["p"]', "found list"),
+        (b'{"q": "x"}', r"no field 'p' \(data.prompt_field\); there are: 'q'"),
+        (b'{"p": "x"}', r"no field 'r' \(data.reference_field\); there are: 'p'"),
+        (b'{"p": 3, "r": ""}', r"'p' \(data.prompt_field\) is 3"),
+        (b'{"p": " ", "r": ""}', "data.prompt_field"),
+        (b'{"p": "x", "r": ["y"]}', r"'r' \(data.reference_field\) is \['y'\]"),
+        (b'{"p": "\xff", "r": ""}', "not UTF-8"),
+        (b'{"p": "\\ud800", "r": ""}', "surrogates not allowed"),
+        (b'{"p": "another", "r": "", "id": "first"}', "'first' is that of line 1"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"p": "good", "r": "", "id": "first"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{reason}"):
+        data.jsonl(path, "p", "r")
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        data.jsonl(tmp_path / "none.jsonl", "p")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompts"):
+        data.jsonl(tmp_path / "empty.jsonl", "p")
+
+
+# split
+
+
+def test_the_split_depends_on_each_prompt_alone() -> None:
+    records = [record(f"prompt number{i} about topic{i}") for i in range(400)]
+    train, heldout = data.split(records, 0.25)
+    assert len(train) + len(heldout) == 400
+    assert 70 <= len(heldout) <= 130
+    for one in heldout:
+        assert int(data.digest(one["prompt"])[:2], 16) < 64
+    fewer_train, fewer_heldout = data.split(records[100:][::-1], 0.25)
+    assert fewer_heldout == [one for one in heldout if one in records[100:]]
+    assert fewer_train == [one for one in train if one in records[100:]]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
+def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction"):
+        data.split([record("x")], fraction)
+
+
+def test_near_duplicates_of_held_out_prompts_are_dropped() -> None:
+    heldout = [record("The quick brown fox jumps over the lazy dog while the old cat sleeps.")]
+    kept = [
+        record("A quick brown fox was seen; nobody knows where the lazy dog went that day."),
+        record("Something else altogether, in many words that the other text does not have."),
+        record("The dog"),
+    ]
+    dropped = [
+        record("the QUICK brown fox jumps over the lazy dog, while an old cat sleeps"),
+        record("jumps over the lazy dog"),
+        record(
+            "So they say that the quick brown fox jumps over the lazy dog. I never saw it do that, nor did you, ever."
+        ),
+    ]
+    assert data.without_near_duplicates([*dropped, *kept], heldout) == kept
+    assert data.without_near_duplicates(kept, []) == kept
+
+
+# load
+
+
+def config(**fields: object) -> ml_collections.ConfigDict:
+    defaults = {
+        "source": "jsonl",
+        "path": "",
+        "heldout_path": "",
+        "heldout_fraction": 0.5,
+        "prompt_field": "p",
+        "reference_field": "",
+    }
+    return ml_collections.ConfigDict(defaults | fields)
+
+
+def test_a_file_of_its_own_can_be_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = lines(tmp_path / "train.jsonl", {"p": "a"}, {"p": "b"}, {"p": "c"})
+    heldout = lines(tmp_path / "heldout.jsonl", {"p": "d"}, {"p": "b"})
+    with caplog.at_level(logging.INFO, logger="absl"):
+        parts = data.load(config(path=str(train), heldout_path=str(heldout)))
+    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["d", "b"]]
+    assert "dropped 1 training prompts that are also held out" in caplog.text
+
+
+def test_one_file_is_split(tmp_path: Path) -> None:
+    path = lines(tmp_path / "all.jsonl", *({"p": f"prompt{i}"} for i in range(50)))
+    train, heldout = data.load(config(path=str(path)))
+    assert {one["prompt"] for one in train + heldout} == {f"prompt{i}" for i in range(50)}
+    assert len(train) + len(heldout) == 50
+
+
+def test_nothing_to_train_on_or_to_hold_out_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "one.jsonl", {"p": "alone"})
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction"):
+        data.load(config(path=str(path)))
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.source is 'web'"):
+        data.load(config(source="web"))
+
+
+def test_docstrings_are_records_with_their_summaries_as_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [docstrings.Pair(f"Summary {i}.", f"post{i} of thing{i}") for i in range(40)]
+    monkeypatch.setattr(docstrings, "mine", lambda: pairs)
+    train, heldout = data.load(config(source="docstrings"))
+    assert len(train) + len(heldout) == 40
+    assert all(one["reference"] == f"Summary {one['prompt'].split()[0][4:]}." for one in train + heldout)
+    assert len({one["id"] for one in train + heldout}) == 40
+
+
+# rendering
+
+
+def test_a_template_surrounds_the_prompt(byte_tokenizer: Tokenizer) -> None:
+    ids = data.render("a{b}", byte_tokenizer, template='{"q": {prompt}}', chat=False)
+    assert byte_tokenizer.decode(ids) == '{"q": a{b}}'
+
+
+def test_a_prompt_that_mentions_the_placeholder_is_left_alone(byte_tokenizer: Tokenizer) -> None:
+    ids = data.render("{prompt}", byte_tokenizer, template="<{prompt}>", chat=False)
+    assert byte_tokenizer.decode(ids) == "<{prompt}>"
+
+
+@pytest.mark.parametrize("template", ["", "Summarise:", "{prompt} {prompt}", "{text}"])
+def test_a_template_without_one_place_for_the_prompt_is_refused(byte_tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.template"):
+        data.render("a", byte_tokenizer, template=template, chat=False)
+
+
+def test_a_chat_has_its_special_tokens_once(byte_tokenizer: Tokenizer) -> None:
+    ids = data.render("a", byte_tokenizer, template="Do {prompt}", chat=True, system="Be brief.")
+    assert byte_tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nDo a<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(1) == 3
+    assert 1 not in data.render("a", byte_tokenizer, template="{prompt}", chat=False)
+
+
+def test_a_chat_has_no_bos_but_what_its_template_writes(byte_tokenizer: Tokenizer) -> None:
+    backend = copy.deepcopy(byte_tokenizer.backend)
+    backend.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", "$A $B", [("<|im_start|>", 1)])
+    backend.chat_template = "[{{ messages[0]['content'] }}]"
+    beginning = dataclasses.replace(byte_tokenizer, backend=backend)
+    expected = byte_tokenizer.encode("[a]")
+    assert data.render("[a]", beginning, template="{prompt}", chat=False) == [1, *expected]
+    assert data.render("a", beginning, template="{prompt}", chat=True) == expected
+
+
+def test_a_system_message_needs_a_chat(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"data\.system.*data\.chat"):
+        data.render("a", byte_tokenizer, template="{prompt}", chat=False, system="Be brief.")
+
+
+def test_long_prompts_are_left_out_and_counted(byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    records = [record("x" * length) for length in (5, 3, 4, 9)]
+    with caplog.at_level(logging.INFO, logger="absl"):
+        kept = data.render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=4)
+    assert [len(one.tokens) for one in kept] == [3, 4]
+    assert [one.record for one in kept] == records[1:3]
+    assert "2 of 4 prompts are over 4 tokens" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens is 2.*from 3 to 9 tokens"):
+        data.render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=2)
+
+
+# batches
+
+
+def test_prompts_are_padded_on_the_left_to_a_multiple_of_the_bucket() -> None:
+    batch = data.collate(rendered(3, 5), pad_id=9, bucket=4)
+    np.testing.assert_array_equal(batch["tokens"], [[9, 9, 9, 9, 9, 1, 1, 1], [9, 9, 9, 2, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(batch["valid"], [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1]])
+    assert (batch["tokens"].dtype, batch["valid"].dtype) == (np.int32, bool)
+    assert batch["prompt"] == ["prompt 0", "prompt 1"]
+    assert data.collate(rendered(4), pad_id=9, bucket=4)["tokens"].shape == (1, 4)
+    assert data.collate(rendered(0), pad_id=9, bucket=4)["valid"].sum() == 0
+
+
+def ids_of(dataset: grain.MapDataset, batches: Iterable[int]) -> list[str]:
+    return [one for i in batches for one in dataset[i]["id"]]
+
+
+@settings(deadline=None, max_examples=30)
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+def test_every_epoch_has_every_prompt_once_in_an_order_of_its_own(count: int, batch_size: int, seed: int) -> None:
+    prompts = rendered(*[1] * count)
+    dataset = data.prompts(prompts, pad_id=0, bucket=1, batch_size=batch_size, seed=seed)
+    seen = ids_of(dataset, range(2 * count))
+    assert len(seen) == 2 * count * batch_size
+    epochs = [seen[start : start + count] for start in range(0, len(seen), count)]
+    assert all(sorted(epoch) == sorted(one.record["id"] for one in prompts) for epoch in epochs)
+    if count >= 8:
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
+    prompts = rendered(*range(1, 21))
+    dataset, again, other = (data.prompts(prompts, pad_id=0, bucket=4, batch_size=3, seed=seed) for seed in (5, 5, 6))
+    order = [17, 3, 0, 10**12, 3]
+    for i in order:
+        batch, expected = dataset[i], again[i]
+        np.testing.assert_array_equal(batch.pop("tokens"), expected.pop("tokens"))
+        np.testing.assert_array_equal(batch.pop("valid"), expected.pop("valid"))
+        assert batch == expected
+    assert ids_of(dataset, order) != ids_of(other, order)
+
+
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 8))
+def test_an_evaluation_counts_every_prompt_once_in_order(count: int, batch_size: int) -> None:
+    prompts = rendered(*[2] * count)
+    counted = []
+    for batch, mask in data.once(prompts, pad_id=0, bucket=1, batch_size=batch_size):
+        assert batch["tokens"].shape == (batch_size, 2)
+        assert len(batch["id"]) == len(mask) == batch_size
+        counted += [one for one, counts in zip(batch["id"], mask, strict=True) if counts]
+    assert counted == [one.record["id"] for one in prompts]

@@ -1,0 +1,248 @@
+"""Reports of small made-up runs: the numbers in the tables, runs that lack something, seeds put together."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sea_jax import report
+from sea_jax.report import Line
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def evaluation(win_rate: float, queries: int, gradient_steps: int, **more: Any) -> Line:
+    return {
+        "misc/query_step": queries,
+        "misc/gradient_steps": gradient_steps,
+        "eval/rm_win_rate": win_rate,
+        "eval/rm_win_rate_low": win_rate - 0.05,
+        "eval/rm_win_rate_high": win_rate + 0.05,
+        "eval/response_length": 41.25,
+        "eval/initial_response_length": 38.0,
+        **more,
+    }
+
+
+def made_up_run(
+    workdir: Path,
+    metrics: Sequence[Line],
+    samples: Sequence[Line] = (),
+    config: Line | None = None,
+    labels: Sequence[bool] = (),
+) -> Path:
+    workdir.mkdir()
+    if config is None:
+        config = {"name": "sea", "seed": 0, "max_queries": 3200, "loss": {"name": "dpo", "beta": 0.1}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    contents = {
+        "metrics.jsonl": [{"step": step, **line} for step, line in enumerate(metrics)],
+        "queries.jsonl": [{"key": str(key), "counted": counted} for key, counted in enumerate(labels)],
+        "samples.jsonl": samples,
+    }
+    for name, lines in contents.items():
+        (workdir / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+def sample(step: int, number: int, **more: Any) -> Line:
+    return {
+        "step": step,
+        "prompt_id": f"prompt-{number}",
+        "prompt": "a long post " * 100,
+        "reference": "the reference",
+        "initial": "the response before",
+        "response": f"after {step} steps, with ```a fence```",
+        "initial_reward": -1.0,
+        "reward": 0.5,
+        **more,
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    metrics = [
+        evaluation(0.5, 0, 0),
+        {
+            "misc/query_step": 640,
+            "misc/gradient_steps": 2,
+            "actor/generate_time": 6.0,
+            "misc/step_time": 7.0,
+            "train/learn_time": 1.0,
+        },
+        {"actor/generate_time": 3.0}
+        | evaluation(0.6, 1280, 4, **{f"eval/bon_win_rate{end}": 0.7 for end in ("", "_low", "_high")}),
+    ]
+    samples = [sample(step, number) for step in (0, 2) for number in range(7)]
+    return made_up_run(tmp_path / "run", metrics, samples, labels=[True] * 3 + [False] * 2)
+
+
+def test_report_holds_the_numbers_of_the_run(workdir: Path) -> None:
+    path = report.write(workdir)
+    text = path.read_text()
+    assert path == workdir / "report.md"
+    assert (
+        "**sea**, seed 0, loss `dpo`: 3 of 3,200 queries paid in 2 training steps with 4 policy gradient steps." in text
+    )
+    assert "| 0 | 0 | 0.500 [0.450, 0.550] | 41.2 (38.0) |  |" in text
+    assert "| 1,280 | 4 | 0.600 [0.550, 0.650] | 41.2 (38.0) | 0.700 [0.700, 0.700] |" in text
+    assert "| `actor/generate_time` | 9.0 | 90.0% |" in text
+    assert "| `train/learn_time` | 1.0 | 10.0% |" in text
+    assert "| total | 10.0 |  |" in text
+    assert "| oracle (counted) | 3 |" in text
+    assert "| ERM | 2 |" in text
+    assert "![Win rate against queries and policy gradient steps](win_rate.png)" in text
+    for name in ("config.json", "metrics.jsonl", "queries.jsonl", "samples.jsonl", "win_rate.png"):
+        assert f"| `{name}` | {(workdir / name).stat().st_size:,} |" in text
+    assert (workdir / "win_rate.png").read_bytes().startswith(PNG)
+
+
+def test_examples_are_the_first_of_the_last_evaluation(workdir: Path) -> None:
+    text = report.write(workdir).read_text()
+    assert re.findall(r"### `(.*)`", text) == [f"prompt-{number}" for number in range(5)]
+    assert "after 2 steps" in text
+    assert "after 0 steps" not in text
+    assert "Before, reward -1.000:\n\n```text\nthe response before\n```" in text
+    assert "After, reward 0.500:\n\n````text\nafter 2 steps, with ```a fence```\n````" in text
+    assert text.count("a long post") < 5 * 40
+
+
+def test_examples_without_rewards_or_references(tmp_path: Path) -> None:
+    line = sample(0, 1, reference="", win_probability=0.75)
+    del line["reward"], line["initial_reward"]
+    text = report.write(made_up_run(tmp_path / "run", [], [line])).read_text()
+    assert "Before:\n\n```text\nthe response before" in text
+    assert "After, win probability 0.750:\n\n" in text
+    assert "Reference" not in text
+
+
+def test_report_is_a_function_of_the_files(workdir: Path) -> None:
+    report.write(workdir)
+    first = [(workdir / name).read_bytes() for name in ("report.md", "win_rate.png")]
+    report.write(workdir)
+    assert [(workdir / name).read_bytes() for name in ("report.md", "win_rate.png")] == first
+
+
+def test_report_of_a_single_evaluation(tmp_path: Path) -> None:
+    text = report.write(made_up_run(tmp_path / "run", [evaluation(0.5, 0, 0)])).read_text()
+    assert "| 0 | 0 | 0.500 [0.450, 0.550] | 41.2 (38.0) |" in text
+    assert "No stage was timed." in text
+    assert (tmp_path / "run" / "win_rate.png").read_bytes().startswith(PNG)
+
+
+def test_report_without_an_evaluation(tmp_path: Path) -> None:
+    text = report.write(made_up_run(tmp_path / "unnamed", [], config={})).read_text()
+    assert text.startswith("# unnamed\n\n**unnamed**: 0 queries paid in 0 training steps")
+    assert "This run holds no evaluation yet." in text
+    assert "This run holds no samples yet." in text
+    assert not (tmp_path / "unnamed" / "win_rate.png").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "queries.jsonl", "samples.jsonl"])
+def test_a_missing_file_is_named(workdir: Path, name: str) -> None:
+    (workdir / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"run/{re.escape(name)} is missing"):
+        report.write(workdir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", r"config\.json is not JSON"),
+        ("config.json", "[]", r"config\.json must hold an object, found list"),
+        ("metrics.jsonl", '{"step": 1, "eval/rm_win_rate": 0.5}', "lacks misc/query_step, misc/gradient_steps"),
+        ("metrics.jsonl", '{"train/loss": 0.5}', r"metrics\.jsonl: the line .* lacks step"),
+        ("queries.jsonl", '{"key": "1"}', r"queries\.jsonl: the line .* lacks counted"),
+        ("samples.jsonl", '{"step": 1}', r"samples\.jsonl: the line .* lacks prompt_id"),
+    ],
+)
+def test_a_damaged_file_is_named(workdir: Path, name: str, content: str, message: str) -> None:
+    (workdir / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.write(workdir)
+
+
+def seeds(tmp_path: Path, *curves: Sequence[tuple[int, float]]) -> list[report.Run]:
+    for number, curve in enumerate(curves):
+        lines = [evaluation(win_rate, queries, queries // 100) for queries, win_rate in curve]
+        made_up_run(tmp_path / f"seed-{number}", lines, config={"name": "sea", "seed": number})
+    return [report.read(tmp_path / f"seed-{number}") for number in range(len(curves))]
+
+
+def test_seeds_are_averaged_with_students_interval(tmp_path: Path) -> None:
+    curve = report.curve(seeds(tmp_path, *([(0, 0.5), (100, rate)] for rate in (0.5, 0.6, 0.7))))
+    assert curve is not None
+    assert curve.queries.tolist() == [0, 100]
+    assert curve.gradient_steps.tolist() == [0, 1]
+    found = [(interval.mean, interval.low, interval.high) for interval in curve.intervals]
+    assert found == [(0.5, 0.5, 0.5), pytest.approx((0.6, 0.351586, 0.848414), abs=1e-6)]
+    assert curve.intervals[1].count == 3
+
+
+def test_seeds_evaluated_elsewhere_are_interpolated_as_far_as_all_have_come(tmp_path: Path) -> None:
+    runs = seeds(tmp_path, [(0, 0.5), (100, 0.6), (400, 0.6)], [(0, 0.5), (200, 0.7), (300, 0.9)])
+    curve = report.curve(runs)
+    assert curve is not None
+    assert curve.queries.tolist() == [0, 100, 300]
+    assert [interval.mean for interval in curve.intervals] == pytest.approx([0.5, 0.6, 0.75])
+
+
+def test_seeds_with_one_evaluation_each_are_averaged_wherever_it_lies(tmp_path: Path) -> None:
+    curve = report.curve(seeds(tmp_path, [(100, 0.6)], [(300, 0.8)]))
+    assert curve is not None
+    assert (curve.queries.tolist(), curve.gradient_steps.tolist()) == ([200], [2])
+    assert [interval.mean for interval in curve.intervals] == pytest.approx([0.7])
+
+
+def test_seeds_without_a_stretch_in_common_have_no_curve(tmp_path: Path) -> None:
+    assert report.curve(seeds(tmp_path, [(0, 0.5), (100, 0.6)], [(200, 0.5)])) is None
+    assert report.curve([report.read(made_up_run(tmp_path / "none", []))]) is None
+
+
+def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    report.main()
+
+
+def test_the_command_compares_methods(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = made_up_run(tmp_path / "baseline", [evaluation(0.55, 0, 0)], config={"name": "passive"})
+    unfinished = made_up_run(tmp_path / "unfinished", [])
+    output = tmp_path / "comparison"
+    folders = [f"--workdir={folder}" for folder in (workdir, baseline)]
+    call_main(monkeypatch, *folders, f"--output={output}")
+    printed = capsys.readouterr().out
+    assert "| sea | policy | 1 | 1,280 | 4 | 0.600 [0.550, 0.650] |" in printed
+    assert "| sea | best of N | 1 | 1,280 | 4 | 0.700 [0.700, 0.700] |" in printed
+    assert "| passive | policy | 1 | 0 | 0 | 0.550 [0.500, 0.600] |" in printed
+    assert printed.splitlines()[0] in (output / "report.md").read_text()
+    assert (output / "win_rate.png").read_bytes().startswith(PNG)
+    call_main(monkeypatch, *folders, f"--workdir={unfinished}", f"--output={output}")
+    assert "| sea |  | 2 |  |  | no evaluation in common |" in capsys.readouterr().out
+
+
+def test_the_command_reports_one_run(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call_main(monkeypatch, f"--workdir={workdir}")
+    assert capsys.readouterr().out == f"{workdir / 'report.md'}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=a", "--workdir=b"], "--output is needed"),
+        (["--workdir=nowhere"], "nowhere/config.json is missing"),
+    ],
+)
+def test_the_command_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call_main(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
