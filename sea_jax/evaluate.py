@@ -102,7 +102,9 @@ def compare(
     Returns:
       The win rate with its 95% interval over prompts, ties counting half, and P(response wins) [N].
     """
-    probability = np.asarray(preference(prompts, responses, opponents), np.float64)
-    same = np.array([a == b for a, b in zip(responses, opponents, strict=True)])
-    probability = np.where(same, 0.5, probability)  # the same text is a tie, whatever rounding says
+    differ = [i for i, (a, b) in enumerate(zip(responses, opponents, strict=True)) if a != b]
+    probability = np.full(len(prompts), 0.5)  # the same text is a tie: nobody needs to be asked
+    if differ:
+        asked = ([texts[i] for i in differ] for texts in (prompts, responses, opponents))
+        probability[differ] = preference(*asked)
     return win_rate((np.sign(probability - 0.5) + 1) / 2), probability

@@ -80,7 +80,8 @@ def of_trunk(source: str) -> Featurize:
 
     @jax.jit
     def pooled(tokens: Array, valid: Array, in_response: Array) -> Array:
-        hidden = encoder.apply(params, config, tokens, valid, segments=in_response.astype(jnp.int32), dtype="float32")
+        types = in_response.astype(jnp.int32)
+        hidden = encoder.apply(params, config, tokens, valid, token_types=types, dtype="float32")
         return encoder.mean_pool(hidden, in_response)
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:

@@ -217,7 +217,11 @@ def _loss(
         remat=learner_config.remat,
         dtype=learner_config.dtype,
     )
-    policy_sum, reference_sum = policy.sum(-1), jax.lax.stop_gradient(ref.sum(-1))
+    # Whatever stands in a row that is left out, NaN included, must reach neither the sums nor their gradient.
+    kept = batch.weights > 0
+    labels = jnp.where(kept, batch.labels, 0.5)
+    policy_sum = jnp.where(kept[:, None], policy.sum(-1), 0.0)
+    reference_sum = jax.lax.stop_gradient(jnp.where(kept[:, None], ref.sum(-1), 0.0))
     pairs = PairLogps(
         chosen=policy_sum[:, 0],
         rejected=policy_sum[:, 1],
@@ -226,15 +230,12 @@ def _loss(
         chosen_length=jnp.maximum(batch.lengths[:, 0], 1),
         rejected_length=jnp.maximum(batch.lengths[:, 1], 1),
     )
-    values = losses.expected(loss, pairs, batch.labels)
-    margin = losses.log_ratio_margin(pairs) * jnp.sign(batch.labels - 0.5)
-    kept = batch.weights > 0
-    values = jnp.where(kept, values, 0.0)  # a NaN in a row that is left out must not spread
+    values = losses.expected(loss, pairs, labels)
+    margin = losses.log_ratio_margin(pairs) * jnp.sign(labels - 0.5)
     drift = (policy_sum - reference_sum).mean(-1)
     report = {"loss": values, "margin": margin, "accuracy": margin > 0, "log_ratio": drift}
-    return (values * batch.weights).sum(), {
-        name: jnp.where(kept, value * batch.weights, 0.0).sum() for name, value in report.items()
-    }
+    sums = {name: (value * batch.weights).sum() for name, value in report.items()}
+    return sums["loss"], sums
 
 
 @partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import logging
 from ml_collections import config_flags
 
 from sea_jax import cache, console, data, learner, metrics, wiring
@@ -195,37 +194,29 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
     hf.save(output, policy.config, jax.device_get(learner.join(policy.frozen, state.trained)), policy.directory)
-    (output / RECIPE).write_text(config.to_json_best_effort() + "\n")
+    (output / RECIPE).write_text(config.to_json() + "\n")
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "
         f"{time.perf_counter() - begin:.0f} s in all. The model is in {output}"
     )
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and turns foreseen errors into one line and exit status 1."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
+def main() -> None:
+    """Reads the flags and fine-tunes, unless the output holds the same model already."""
     config = CONFIG.value
-    console.quiet_libraries()
+    configuration.validate(config)
     cache.keep_compiled_programs()
-    try:
-        configuration.validate(config)
-        output = cache.resolve(config.output)
-        recipe = output / RECIPE
-        if recipe.exists() and json.loads(recipe.read_text()) == json.loads(config.to_json_best_effort()):
-            print(f"{output} holds this model already; nothing to do")
-            return
-        if output.exists() and any(output.iterdir()) and not recipe.exists():
+    output = cache.resolve(config.output)
+    recipe = output / RECIPE
+    if recipe.exists() and json.loads(recipe.read_text()) == json.loads(config.to_json()):
+        print(f"{output} holds this model already; nothing to do")
+        return
+    if output.exists() and any(output.iterdir()):
+        if not recipe.exists():
             raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
-        if output.exists():
-            shutil.rmtree(output)
-        fine_tune(config, output)
-    except (ValueError, OSError, metrics.NotFiniteError) as error:
-        logging.debug("in detail", exc_info=True)
-        sys.exit(f"error: {error}")
+        shutil.rmtree(output)
+    fine_tune(config, output)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    console.run(main)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from sea_jax import agent as sea
@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     # ------------------------------------------------------------------------------------------------- Checks, work directory
     configuration.validate(config)
     rule, loss = wiring.rule(config.exploration.rule), wiring.loss(config.loss)
-    claim(workdir, config)
+    check_workdir(workdir, config)
     begin = time.perf_counter()
     root = jax.random.key(config.seed)
 
@@ -92,6 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         batches=0,
     )
 
+    claim(workdir, config)
     with (
         checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
         experience.Ledger(workdir / "queries.jsonl") as ledger,
@@ -199,8 +200,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 MAX_IDLE_STEPS = 20  # steps without a query after which a run gives up
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the work directory, or checks that it was made with this configuration.
+def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses a work directory that another configuration made.
 
     Args:
       workdir: where everything is written.
@@ -210,21 +211,27 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
       ValueError: the work directory is another configuration's, or is a file.
     """
     saved = workdir / "config.json"
-    if saved.exists():
-        differing = configuration.differences(config, saved.read_text())
-        if differing:
-            raise ValueError(
-                f"--workdir={workdir} belongs to another configuration; name another directory, or set:\n"
-                + "\n".join(differing)
-            )
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--workdir={workdir} is a file; name a directory") from error
-    unfinished = saved.with_suffix(".tmp")
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file; name a directory")
+    differing = configuration.differences(config, saved.read_text()) if saved.exists() else []
+    if differing:
+        raise ValueError(
+            f"--workdir={workdir} belongs to another configuration; name another directory, or set:\n"
+            + "\n".join(differing)
+        )
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Makes the work directory and leaves the configuration in it.
+
+    Args:
+      workdir: where everything is written.
+      config: this run's configuration.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / "config.json.tmp"
     unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    unfinished.rename(saved)
+    unfinished.rename(workdir / "config.json")
 
 
 def exploration_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -330,21 +337,12 @@ class Interrupts:
         logging.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and turns foreseen errors into one line and exit status 1."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected arguments {argv[1:]}; fields are set as --config.FIELD=VALUE")
+def main() -> None:
+    """Reads the flags and trains."""
     config = CONFIG.value
-    workdir = Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}")
-    console.quiet_libraries()
     cache.keep_compiled_programs()
-    try:
-        train(config, workdir)
-    except (ValueError, OSError, metrics.NotFiniteError, experience.LedgerError) as error:
-        logging.debug("in detail", exc_info=True)
-        sys.exit(f"error: {error}")
+    train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    console.run(main)

@@ -4,11 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
 from sea_jax import builtin, tokenizer
+
+# The first example of a property compiles and would miss any deadline.
+hypothesis.settings.register_profile("compiled", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("compiled")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

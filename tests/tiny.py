@@ -1,11 +1,16 @@
-"""A decoder small enough for any test, and the plain way to run it: one sequence at a time, no padding, every logit."""
+"""A decoder small enough for any test, and the plain way to run it: one sequence at a time, every logit."""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
+from sea_jax.models.parameters import ParamSpec
 from sea_jax.types import Array, Params, Prompts
 
 CONFIG = ModelConfig(
@@ -21,13 +26,23 @@ CONFIG = ModelConfig(
     norm_eps=1e-5,
     max_positions=64,
     tie_embeddings=True,
-    init_std=0.3,  # far from uniform: a wrong token, mask or position shows
 )
+
+
+def draw(abstract: Params, seed: int) -> Params:
+    """Random numpy parameters for an abstract tree, large enough for a wrong mask to show; nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple[Any, ...], spec: ParamSpec) -> np.ndarray:
+        noise = rng.normal(size=spec.shape).astype(np.float32)
+        return 1 + 0.1 * noise if path[-1].key == "scale" else 0.3 * noise
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def params(seed: int = 0, cuts: tuple[int, ...] = ()) -> Params:
     """Random parameters with their layers divided at the cuts."""
-    return decoder.init(CONFIG, jax.random.key(seed), cuts)
+    return jax.device_put(decoder.recut(draw(decoder.abstract(CONFIG), seed), cuts))
 
 
 def prompts(*lengths: int, length: int = 8, seed: int = 0) -> Prompts:
@@ -42,21 +57,37 @@ def prompt_ids(batch: Prompts, row: int) -> list[int]:
     return np.asarray(batch.tokens)[row][np.asarray(batch.valid)[row]].tolist()
 
 
-def hidden_states(whole: Params, tokens: list[int], num_stacks: int | None = None) -> Array:
-    """Hidden states [S, d] of one sequence behind so many stacks; None: behind the last norm."""
-    ids = jnp.asarray(tokens, jnp.int32)[None]
-    streams = decoder.embed(whole, CONFIG, ids, jnp.ones(ids.shape, bool), dtype="float32")
+LENGTH = 24  # sequences are filled up to it behind their end, where nothing before can see it: one program for all
+
+
+def fill(*sequences: list[int]) -> np.ndarray:
+    """Sequences as one array [N, LENGTH]."""
+    filled = np.zeros((len(sequences), LENGTH), np.int32)
+    for row, tokens in enumerate(sequences):
+        filled[row, : len(tokens)] = tokens
+    return filled
+
+
+@partial(jax.jit, static_argnames="num_stacks")
+def run(whole: Params, tokens: np.ndarray, num_stacks: int | None = None) -> Array:
+    """Hidden states [N, LENGTH, d] of plain sequences behind so many stacks; None: behind the last norm."""
+    streams = decoder.embed(whole, CONFIG, jnp.asarray(tokens), jnp.ones(tokens.shape, bool), dtype="float32")
     for stack in whole["stacks"][:num_stacks]:
         streams, _ = decoder.run_stack(stack, CONFIG, streams)
-    return decoder.final(whole, CONFIG, streams.prompt[0]) if num_stacks is None else streams.prompt[0]
+    return decoder.final(whole, CONFIG, streams.prompt) if num_stacks is None else streams.prompt
 
 
-def logits(whole: Params, tokens: list[int]) -> Array:
+def hidden_states(whole: Params, tokens: list[int], num_stacks: int | None = None) -> np.ndarray:
+    """Hidden states [S, d] of one sequence."""
+    return np.asarray(run(whole, fill(tokens), num_stacks))[0, : len(tokens)]
+
+
+def logits(whole: Params, tokens: list[int]) -> np.ndarray:
     """Logits [S, V] of the token after each token of one sequence."""
-    return hidden_states(whole, tokens) @ decoder.unembedding(whole).T
+    return hidden_states(whole, tokens) @ np.asarray(decoder.unembedding(whole)).T
 
 
-def response_logprobs(whole: Params, prompt: list[int], response: list[int]) -> Array:
+def response_logprobs(whole: Params, prompt: list[int], response: list[int]) -> np.ndarray:
     """Log-probs [T] of the tokens of one response."""
-    logprobs = jax.nn.log_softmax(logits(whole, prompt + response), axis=-1)
-    return logprobs[jnp.arange(len(response)) + len(prompt) - 1, jnp.asarray(response, jnp.int32)]
+    logprobs = special.log_softmax(logits(whole, prompt + response), axis=-1)
+    return logprobs[np.arange(len(response)) + len(prompt) - 1, response]

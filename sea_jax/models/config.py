@@ -1,7 +1,7 @@
 """Model configurations as frozen dataclasses, read from and written to the fields of a Hugging Face config.json."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,29 +65,33 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
     """Reads the fields of a Hugging Face config.json, of transformers 4 (rope_scaling) or 5 (rope_parameters) style.
 
     Args:
-        config: the parsed config.json.
+      config: the parsed config.json.
 
     Returns:
-        The configuration of the decoder or encoder.
+      The configuration of the decoder or encoder.
 
     Raises:
-        ValueError: an unknown model_type, or a field that is missing or has a value that is not supported.
+      ValueError: an unknown model_type, or a field that is missing or has a value that is not supported.
     """
     model_type = config.get("model_type")
-    readers: Mapping[Any, Callable[[Mapping[str, Any]], ModelConfig | EncoderConfig]] = {"llama": _llama, "gpt_neox": _gpt_neox, "bert": _bert}
-    if model_type not in readers:
-        raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(readers))}")
-    return readers[model_type](config)
+    match model_type:
+        case "llama":
+            return _llama(config)
+        case "gpt_neox":
+            return _gpt_neox(config)
+        case "bert":
+            return _bert(config)
+    raise ValueError(f"config.json field 'model_type' is {model_type!r}; supported are llama, gpt_neox and bert")
 
 
 def to_hf(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
     """Writes the fields that transformers reads from a config.json, the inverse of `from_hf`.
 
     Args:
-        config: the configuration of a decoder or encoder.
+      config: the configuration of a decoder or encoder.
 
     Returns:
-        The fields as plain JSON values, with rope both in the transformers 4 and in the transformers 5 style.
+      The fields as plain JSON values, with rope both in the transformers 4 and in the transformers 5 style.
     """
     common: dict[str, Any] = {
         "model_type": config.family,
@@ -289,7 +293,7 @@ def _rope_scaling(
     """The scaling rule that the rope parameters name, with transformers' defaults for what they leave out."""
     kind, dim = parameters["rope_type"], int(head_dim * fraction)
     # An odd number of features is rounded up to a pair, which must still fit the head.
-    if dim + dim % 2 > head_dim or dim < 2:
+    if dim + dim % 2 > head_dim or dim < 1:
         raise ValueError(f"config.json: rope over {dim} of the {head_dim} features of a head is not possible")
     if kind == "default":
         return None

@@ -15,11 +15,11 @@ def abstract(config: EncoderConfig) -> Params:
     """The parameter tree with a ParamSpec for every leaf, from which init, loading and sharding derive.
 
     Args:
-        config: the encoder's configuration.
+      config: the encoder's configuration.
 
     Returns:
-        {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
-        "stacks": (one dict of [L, ...] leaves,)}.
+      {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
+      "stacks": (one dict of [L, ...] leaves,)}.
     """
     weight = normal(config.init_std)
     n, d = config.num_layers, config.d_model
@@ -58,36 +58,49 @@ def init(config: EncoderConfig, key: jax.Array) -> Params:
     """Random parameters: matrices normal with the configuration's standard deviation, biases 0, norm scales 1.
 
     Args:
-        config: the encoder's configuration.
-        key: a random key.
+      config: the encoder's configuration.
+      key: a random key.
 
     Returns:
-        The parameters, float32.
+      The parameters, float32.
     """
     return initialise(abstract(config), key)
 
 
-def apply(params: Params, config: EncoderConfig, tokens: jax.Array, valid: jax.Array, *, dtype: Any) -> jax.Array:
+def apply(
+    params: Params,
+    config: EncoderConfig,
+    tokens: jax.Array,
+    valid: jax.Array,
+    *,
+    token_types: jax.Array | None = None,
+    dtype: Any,
+) -> jax.Array:
     """Runs the encoder; every token attends to all valid tokens of its sequence.
 
     Args:
-        params: the encoder's parameters.
-        config: the encoder's configuration.
-        tokens: int [B, S], padded on the right; all of token type 0.
-        valid: bool [B, S], False on padding.
-        dtype: the dtype in which the layers compute; norms and softmax are float32.
+      params: the encoder's parameters.
+      config: the encoder's configuration.
+      tokens: int [B, S], padded on the right.
+      valid: bool [B, S], False on padding.
+      token_types: int [B, S], which sentence of a pair a token belongs to, or None: all of the first.
+      dtype: the dtype in which the layers compute; norms and softmax are float32.
 
     Returns:
-        [B, S, d] hidden states after the last layer, in `dtype`.
+      [B, S, d] hidden states after the last layer, in `dtype`.
 
     Raises:
-        ValueError: S exceeds the positions that the encoder has embeddings for.
+      ValueError: S exceeds the positions that the encoder has embeddings for.
     """
     batch, length = tokens.shape
     if length > config.max_positions:
         raise ValueError(f"sequences of {length} tokens exceed the encoder's {config.max_positions} positions")
     table = params["embed"]
-    x = table["word"][tokens] + table["token_type"][0] + table["position"][:length]
+    x = (
+        table["word"][tokens]
+        + table["token_type"][0 if token_types is None else token_types]
+        + table["position"][:length]
+    )
     x = layer_norm(x, params["embed_norm"], config.norm_eps).astype(dtype).reshape(batch * length, -1)
     # Finite, so that a row without a valid token still gets finite numbers.
     bias = jnp.where(valid, 0.0, -1e30)[:, None, None, :]
@@ -109,11 +122,11 @@ def mean_pool(hidden: jax.Array, valid: jax.Array) -> jax.Array:
     """Averages hidden states over the valid tokens, the sentence embedding of Sentence-BERT (https://arxiv.org/abs/1908.10084).
 
     Args:
-        hidden: [B, S, d] hidden states.
-        valid: bool [B, S].
+      hidden: [B, S, d] hidden states.
+      valid: bool [B, S].
 
     Returns:
-        float32 [B, d], not normalised; zeros where no token is valid.
+      float32 [B, d], not normalised; zeros where no token is valid.
     """
     weights = valid.astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)

@@ -34,15 +34,15 @@ def tensors(path: Path, num_heads: int, num_kv_heads: int) -> dict[str, Stored]:
     """Lists the tensors of a GGUF file of the architecture llama; reading one dequantises it to float32.
 
     Args:
-        path: the file.
-        num_heads: query heads, whose rows the file holds in another order than Hugging Face checkpoints do.
-        num_kv_heads: key heads, likewise.
+      path: the file.
+      num_heads: query heads, whose rows the file holds in another order than Hugging Face checkpoints do.
+      num_kv_heads: key heads, likewise.
 
     Returns:
-        Hugging Face tensor name -> Stored; a tensor without a counterpart keeps its own name.
+      Hugging Face tensor name -> Stored; a tensor without a counterpart keeps its own name.
 
     Raises:
-        ValueError: a file that is truncated or corrupt, another architecture, a quantisation that cannot be undone.
+      ValueError: a file that is truncated or corrupt, another architecture, a quantisation that cannot be undone.
     """
     try:
         reader = gguf.GGUFReader(path)

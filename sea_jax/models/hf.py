@@ -40,27 +40,43 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
     """Loads a model, strictly: every tensor must have a place, and every parameter a tensor of its shape.
 
     Args:
-        source: a directory with config.json and *.safetensors (shards with their index too) or one *.gguf; or the name
-            of a repository on the Hugging Face hub; or builtin:NAME, see `sea_jax.builtin.directory`.
-        cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
+      source: a directory with config.json and *.safetensors (shards with their index too) or one *.gguf; or the name
+        of a repository on the Hugging Face hub; or builtin:NAME, see `sea_jax.builtin.directory`.
+      cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
 
     Returns:
-        The model, its parameters in float32.
+      The model, its parameters in float32.
 
     Raises:
-        FileNotFoundError: a directory, config.json, weights or a shard that is not there, or a hub that does not have
-            the repository or cannot be asked.
-        ValueError: weights in pickle form only, a truncated or corrupt file, an unsupported configuration, a tensor
-            without a place, a parameter without a tensor, a tensor of another shape; the message names it.
+      FileNotFoundError: a directory, config.json, weights or a shard that is not there, or a hub that does not have
+        the repository or cannot be asked.
+      ValueError: weights in pickle form only, a truncated or corrupt file, an unsupported configuration, a tensor
+        without a place, a parameter without a tensor, a tensor of another shape; the message names it.
     """
     directory = _directory(source)
-    config = configs.from_hf(_json(directory / "config.json"))
+    config = read_config(directory)
     if isinstance(config, EncoderConfig) and cuts:
         raise ValueError(f"cuts {tuple(cuts)} divide the layers of a decoder, but {directory} holds an encoder")
     abstract = decoder.abstract(config, cuts) if isinstance(config, ModelConfig) else encoder.abstract(config)
     params = jax.tree.map(lambda spec: np.empty(spec.shape, np.float32), abstract)
     _fill(params, config, _tensors(directory, config), directory)
     return Loaded(config, params, directory)
+
+
+def read_config(source: str | Path) -> ModelConfig | EncoderConfig:
+    """Reads the configuration of a model, without its weights.
+
+    Args:
+      source: a directory, a hub name or builtin:NAME, as for `load`.
+
+    Returns:
+      The configuration that `load` would return.
+
+    Raises:
+      FileNotFoundError: a directory or config.json that is not there, or a hub that cannot give it.
+      ValueError: an unsupported configuration; the message names the field.
+    """
+    return configs.from_hf(_json(_directory(source) / "config.json"))
 
 
 def save(
@@ -72,15 +88,15 @@ def save(
     """Writes config.json and model.safetensors as transformers reads them, all or nothing.
 
     Args:
-        directory: where to; must not exist yet, or be empty.
-        config: the model's configuration.
-        params: the model's parameters, their layers divided in any way.
-        tokenizer_files_from: a model's directory whose tokenizer files, generation_config.json and ids of the
-            beginning, end and padding tokens are taken over, or None.
+      directory: where to; must not exist yet, or be empty.
+      config: the model's configuration.
+      params: the model's parameters, their layers divided in any way.
+      tokenizer_files_from: a model's directory whose tokenizer files, generation_config.json and ids of the
+        beginning, end and padding tokens are taken over, or None.
 
     Raises:
-        FileExistsError: the directory holds something already.
-        ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.
+      FileExistsError: the directory holds something already.
+      ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
@@ -127,9 +143,9 @@ def _directory(source: str | Path) -> Path:
         patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # The hub's client lets errors of its HTTP library through.
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise FileNotFoundError(
-            f"no directory {name!r} here, and the Hugging Face hub gave no such model ({type(error).__name__}: {reason}); "
+            f"{name!r} is no directory here, and the Hugging Face hub did not give it ({reason}); "
             "pass a directory that holds config.json and the weights"
         ) from error
 

@@ -22,11 +22,11 @@ def linear(x: jax.Array, weights: Mapping[str, jax.Array]) -> jax.Array:
     """Applies x @ kernel + bias in the dtype of x.
 
     Args:
-        x: [N, in]; two axes, because XLA's CPU bfloat16 gradient through more of them is many times slower.
-        weights: "kernel" [in, out] and, where the layer has one, "bias" [out].
+      x: [N, in]; two axes, because XLA's CPU bfloat16 gradient through more of them is many times slower.
+      weights: "kernel" [in, out] and, where the layer has one, "bias" [out].
 
     Returns:
-        [N, out] in the dtype of x.
+      [N, out] in the dtype of x.
     """
     out = x @ weights["kernel"].astype(x.dtype)
     return out + weights["bias"].astype(x.dtype) if "bias" in weights else out
@@ -36,12 +36,12 @@ def rms_norm(x: jax.Array, weights: Mapping[str, jax.Array], eps: float) -> jax.
     """Root mean square norm (https://arxiv.org/abs/1910.07467), computed in float32.
 
     Args:
-        x: [..., d].
-        weights: "scale" [d].
-        eps: added to the mean square.
+      x: [..., d].
+      weights: "scale" [d].
+      eps: added to the mean square.
 
     Returns:
-        [..., d] in the dtype of x.
+      [..., d] in the dtype of x.
     """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -52,12 +52,12 @@ def layer_norm(x: jax.Array, weights: Mapping[str, jax.Array], eps: float) -> ja
     """Layer norm (https://arxiv.org/abs/1607.06450), computed in float32.
 
     Args:
-        x: [..., d].
-        weights: "scale" [d] and "bias" [d].
-        eps: added to the variance.
+      x: [..., d].
+      weights: "scale" [d] and "bias" [d].
+      eps: added to the variance.
 
     Returns:
-        [..., d] in the dtype of x.
+      [..., d] in the dtype of x.
     """
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)

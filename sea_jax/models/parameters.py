@@ -25,11 +25,11 @@ def initialise(abstract: Params, key: jax.Array) -> Params:
     """Draws every parameter of an abstract tree by its own initialiser.
 
     Args:
-        abstract: a tree whose leaves are ParamSpec.
-        key: a random key; each parameter gets its own split of it.
+      abstract: a tree whose leaves are ParamSpec.
+      key: a random key; each parameter gets its own split of it.
 
     Returns:
-        A tree of the same structure whose leaves are arrays.
+      A tree of the same structure whose leaves are arrays.
     """
     specs, structure = jax.tree.flatten(abstract)
     keys = jax.random.split(key, len(specs))

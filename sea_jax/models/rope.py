@@ -72,10 +72,10 @@ def depends_on_length(scaling: RopeScaling | None) -> bool:
     """Says whether the frequencies change with the length of the sequence.
 
     Args:
-        scaling: the scaling rule, None for the plain frequencies.
+      scaling: the scaling rule, None for the plain frequencies.
 
     Returns:
-        True for Dynamic and LongRope.
+      True for Dynamic and LongRope.
     """
     return isinstance(scaling, Dynamic | LongRope)
 
@@ -84,11 +84,11 @@ def inverse_frequencies(config: "ModelConfig", lengths: jax.Array | np.ndarray) 
     """Inverse frequencies of the rotation, as transformers' ROPE_INIT_FUNCTIONS define them.
 
     Args:
-        config: the decoder's configuration.
-        lengths: [B] int, tokens in each whole sequence; only Dynamic and LongRope read them.
+      config: the decoder's configuration.
+      lengths: [B] int, tokens in each whole sequence; only Dynamic and LongRope read them.
 
     Returns:
-        float32 [B, r] radians per position for Dynamic and LongRope, [1, r] otherwise; 2 r features are rotated.
+      float32 [B, r] radians per position for Dynamic and LongRope, [1, r] otherwise; 2 r features are rotated.
     """
     scaling = config.rope_scaling
     # float32 throughout, because transformers computes these in float32 and long positions magnify a last bit.
@@ -155,12 +155,12 @@ def rotations(
     """Cosines and sines by which queries and keys are rotated.
 
     Args:
-        config: the decoder's configuration.
-        positions: [B, ...] int, position of each token in its own sequence.
-        lengths: [B] int, tokens in each whole sequence.
+      config: the decoder's configuration.
+      positions: [B, ...] int, position of each token in its own sequence.
+      lengths: [B] int, tokens in each whole sequence.
 
     Returns:
-        (cos, sin), each float32 [B, ..., r].
+      (cos, sin), each float32 [B, ..., r].
     """
     frequencies = inverse_frequencies(config, lengths)
     frequencies = frequencies.reshape(len(frequencies), *(1,) * (positions.ndim - 1), -1)
@@ -174,12 +174,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the first 2 r features of every head, feature i paired with feature i + r.
 
     Args:
-        x: [..., head_dim] queries or keys.
-        cos: float32 [..., r], broadcast against x.
-        sin: float32 [..., r], broadcast against x.
+      x: [..., head_dim] queries or keys.
+      cos: float32 [..., r], broadcast against x.
+      sin: float32 [..., r], broadcast against x.
 
     Returns:
-        The rotated x, of x's shape and dtype; features past 2 r are unchanged.
+      The rotated x, of x's shape and dtype; features past 2 r are unchanged.
     """
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)

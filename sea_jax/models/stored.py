@@ -23,14 +23,14 @@ def safetensors(directory: Path) -> dict[str, Stored]:
     """Lists the tensors of a directory: of the files its index names, of model.safetensors, or of all *.safetensors.
 
     Args:
-        directory: holds one or more *.safetensors and, where they are shards, model.safetensors.index.json.
+      directory: holds one or more *.safetensors and, where they are shards, model.safetensors.index.json.
 
     Returns:
-        Tensor name -> Stored; empty where there is no such file.
+      Tensor name -> Stored; empty where there is no such file.
 
     Raises:
-        FileNotFoundError: the index names a file that is not there.
-        ValueError: a file that is truncated or corrupt, or a tensor that stands twice or not where the index says.
+      FileNotFoundError: the index names a file that is not there.
+      ValueError: a file that is truncated or corrupt, or a tensor that stands twice or not where the index says.
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -49,9 +49,7 @@ def safetensors(directory: Path) -> dict[str, Stored]:
             found[name] = tensor
     for name, file in placed.items():
         if name not in found:
-            raise ValueError(
-                f"tensor {name!r} is not in {directory / file} but {index.name} says so; fetch it again"
-            )
+            raise ValueError(f"tensor {name!r} is not in {directory / file} but {index.name} says so; fetch it again")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def trl_dpo(loss_type: str, beta: float, label_smoothing: float = 0.0) -> np.nda
         def same(values):
             return values
 
-        trainer = SimpleNamespace(
+        trainer: Any = SimpleNamespace(
             model=SimpleNamespace(training=False),
             accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
             aux_loss_enabled=False,
@@ -82,7 +83,7 @@ def trl_simpo(chosen: np.ndarray, rejected: np.ndarray, beta: float, gamma: floa
     """The losses [N] of TRL's CPOTrainer on length-averaged log-probs."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         alpha=0.0,
         accelerator=SimpleNamespace(device="cpu"),
         loss_type="simpo",
@@ -106,9 +107,7 @@ def test_soft_labels_are_label_smoothing(pairs):
 
 def test_ipo(pairs):
     # TRL averages the log-ratios over the tokens of each response; the paper's formula, our default, does not.
-    np.testing.assert_allclose(
-        losses.ipo(pairs, beta=0.3, length_averaged=True), trl_dpo("ipo", 0.3), rtol=1e-5
-    )
+    np.testing.assert_allclose(losses.ipo(pairs, beta=0.3, length_averaged=True), trl_dpo("ipo", 0.3), rtol=1e-5)
 
 
 def test_slic(pairs):

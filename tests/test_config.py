@@ -1,0 +1,231 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+import configs
+from sea_jax import config as configuration
+from sea_jax.config import flatten
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+    made = configuration.default()
+    made.policy.source = "builtin:anything"
+    return made
+
+
+@pytest.fixture
+def sft() -> ml_collections.ConfigDict:
+    made = configuration.default_sft()
+    made.policy.source, made.output = "builtin:anything", "cache:somewhere"
+    return made
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, value: object) -> None:
+    config.update_from_flattened_dict({name: value})
+
+
+def test_the_defaults_are_valid_once_a_policy_is_named(config, sft):
+    configuration.validate(config)
+    configuration.validate(sft)
+
+
+def test_a_policy_must_be_named():
+    with pytest.raises(ValueError, match=r"^config\.policy\.source='': must be a non-empty text$"):
+        configuration.validate(configuration.default())
+
+
+# What a field may not be, and what its error says would do.
+REFUSED = [
+    ("max_queries", 0, "1 or more"),
+    ("policy.train_last_layers", -1, "0 or more"),
+    ("policy.dtype", "float16", "float32 or bfloat16"),
+    ("data.source", "hub", "one of docstrings, jsonl"),
+    ("data.heldout_fraction", 0.0, "between 0 and 1"),
+    ("data.heldout_fraction", 1.0, "between 0 and 1"),
+    ("data.max_prompt_tokens", 0, "1 or more"),
+    ("data.bucket", 0, "1 or more"),
+    ("data.batch_size", 0, "1 or more"),
+    ("sampling.num_samples", 1, "2 or more: a duel needs two"),
+    ("sampling.max_new_tokens", 0, "1 or more"),
+    ("sampling.temperature", 0.0, "above 0: greedy candidates are all the same"),
+    ("sampling.temperature", float("nan"), "above 0"),
+    ("sampling.top_k", -1, "0 or more"),
+    ("sampling.top_p", 0.0, "above 0 and up to 1"),
+    ("sampling.top_p", 1.5, "above 0 and up to 1"),
+    ("exploration.rule", "thompson", "one of passive, ee_ts, bai_ts, uncertainty, .*or my_module:my_function"),
+    ("exploration.rule", "a:b:c", "my_module:my_function"),
+    ("exploration.gamma", 0.0, "above 0 and up to 1"),
+    ("exploration.gamma", 1.01, "above 0 and up to 1"),
+    ("exploration.burn_in_queries", -1, "0 or more"),
+    ("exploration.erm_pair", "best", "one of duel, max_margin"),
+    ("exploration.erm_label", "soft", "one of head, mean"),
+    ("exploration.planning_steps", -1, "0 or more"),
+    ("exploration.planning_after_queries", -1, "0 or more"),
+    ("erm.feature_layer", -1, "0 or more"),
+    ("erm.num_heads", 0, "1 or more"),
+    ("erm.hidden_size", 0, "1 or more"),
+    ("erm.learning_rate", 0.0, "above 0"),
+    ("erm.weight_decay", -1e-5, "0 or more"),
+    ("erm.anchor_strength", -0.5, "0 or more"),
+    ("erm.steps", 0, "1 or more"),
+    ("erm.batch_size", 0, "1 or more"),
+    ("erm.replay_capacity", 0, "1 or more"),
+    ("loss.name", "kto", "one of dpo, ipo, slic, simpo, or my_module:my_function"),
+    ("loss.beta", 0.0, "above 0, or None"),
+    ("loss.beta", -0.1, "above 0, or None"),
+    ("loss.gamma_over_beta", -0.1, "0 or more, or None"),
+    ("learner.learning_rate", 0.0, "above 0"),
+    ("learner.warmup_fraction", 1.5, "from 0 to 1"),
+    ("learner.final_fraction", -0.1, "from 0 to 1"),
+    ("learner.b1", 1.0, "below 1"),
+    ("learner.b2", -0.1, "from 0"),
+    ("learner.weight_decay", -0.1, "0 or more"),
+    ("learner.clip_norm", 0.0, "above 0"),
+    ("learner.microbatch_size", 0, "1 or more"),
+    ("oracle.kind", "human", "one of embedding, or my_module:my_function"),
+    ("oracle.scale", 0.0, "above 0"),
+    ("oracle.label", "hard", "one of deterministic, bradley_terry, soft"),
+    ("oracle.flip_probability", 1.1, "from 0 to 1"),
+    ("eval.every_queries", 0, "1 or more"),
+    ("eval.num_prompts", 0, "1 or more"),
+    ("eval.batch_size", 0, "1 or more"),
+    ("eval.max_new_tokens", 0, "1 or more"),
+    ("eval.best_of_n", -1, "0 or more"),
+    ("eval.best_of_n_prompts", 0, "1 or more"),
+    ("checkpoint.every_steps", 0, "1 or more"),
+    ("checkpoint.keep", 0, "1 or more"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "wanted"), REFUSED)
+def test_a_value_that_cannot_work_is_refused(config, name, value, wanted):
+    set_field(config, name, value)
+    with pytest.raises(ValueError, match=rf"(?m)^config\.{name}={value!r}: must be .*{wanted}") as error:
+        configuration.validate(config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("output", ""), ("steps", 0), ("max_response_tokens", 1)])
+def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
+    set_field(sft, name, value)
+    with pytest.raises(ValueError, match=rf"^config\.{name}={value!r}: must be"):
+        configuration.validate(sft)
+
+
+def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
+    anything = {"name", "seed", "data.path", "data.heldout_path", "data.prompt_field", "data.reference_field"}
+    anything |= {"data.template", "data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
+    anything |= {"oracle.encoder"}
+    full, sft = (flatten(made.to_dict()).keys() for made in (configuration.default(), configuration.default_sft()))
+    assert full | sft == configuration.RANGES.keys() | anything
+    tested = {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
+    assert configuration.RANGES.keys() == tested
+
+
+def test_a_microbatch_must_divide_the_batch(config):
+    config.data.batch_size, config.learner.microbatch_size = 12, 8
+    with pytest.raises(
+        ValueError, match=r"^config\.learner\.microbatch_size=8: must divide config\.data\.batch_size=12$"
+    ):
+        configuration.validate(config)
+    config.learner.microbatch_size = 6
+    configuration.validate(config)
+
+
+def test_prompts_from_a_file_need_the_file(config):
+    config.data.source = "jsonl"
+    with pytest.raises(ValueError, match=r"^config\.data\.path='': data\.source=jsonl needs a file"):
+        configuration.validate(config)
+    config.data.path = "prompts.jsonl"
+    configuration.validate(config)
+
+
+def test_all_faults_are_named_at_once(config):
+    config.max_queries, config.loss.beta, config.learner.microbatch_size = 0, -1.0, 7
+    with pytest.raises(ValueError, match=r"must be") as error:
+        configuration.validate(config)
+    fields = [line.split("=")[0] for line in str(error.value).splitlines()]
+    assert fields == ["config.max_queries", "config.loss.beta", "config.learner.microbatch_size"]
+
+
+def test_fields_are_locked_and_typed(config, sft):
+    for made in (config, sft):
+        with pytest.raises(AttributeError):
+            made.polcy = "typo"
+        with pytest.raises(AttributeError):
+            made.learner.learning_rat = 1e-6
+        with pytest.raises(TypeError):
+            made.data.batch_size = "many"
+        with pytest.raises(TypeError):
+            made.learner.learning_rate = "fast"
+
+
+def test_hyper_parameters_that_are_none_take_a_value_of_their_kind(config):
+    assert config.loss.beta is None
+    config.loss.beta = 0.5
+    configuration.validate(config)
+    with pytest.raises(TypeError):
+        config.loss.beta = "strong"
+
+
+@pytest.mark.parametrize("path", sorted(Path(configs.__file__).parent.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_the_configurations_that_come_along_are_valid(path):
+    configuration.validate(importlib.import_module(f"configs.{path.stem}").get_config())
+
+
+def test_flatten():
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "taste_of_mine.py").write_text("LIMIT = 3\ndef rule(rewards, distinct, key):\n    return LIMIT\n")
+    (tmp_path / "broken_of_mine.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("taste_of_mine", "broken_of_mine"):
+        sys.modules.pop(name, None)
+
+
+def test_a_function_of_the_user(user_module, config):
+    config.exploration.rule = "taste_of_mine:rule"
+    configuration.validate(config)
+    assert configuration.user_function("taste_of_mine:rule", "exploration.rule")(None, None, None) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:rule", "No module named 'no_such_module'"),
+        ("taste_of_mine:ruel", "has no attribute 'ruel'"),
+        ("taste_of_mine:LIMIT", "expected a function, found int"),
+        ("broken_of_mine:rule", "a_module_that_is_not_there"),
+    ],
+)
+def test_a_function_of_the_user_that_is_not_there(user_module, name, message):
+    with pytest.raises(ValueError, match=rf"^config\.exploration\.rule={name}: .*{message}"):
+        configuration.user_function(name, "exploration.rule")
+
+
+def test_differences(config):
+    saved = config.to_json()
+    assert configuration.differences(config, saved) == []
+    config.learner.learning_rate, config.loss.beta = 1e-5, 0.5
+    assert configuration.differences(config, saved) == [
+        "config.learner.learning_rate: 5e-07 in the work directory, 1e-05 now",
+        "config.loss.beta: None in the work directory, 0.5 now",
+    ]
+    older = json.loads(saved)
+    del older["seed"]
+    older["gone"] = 1
+    config = configuration.default()
+    config.policy.source = "builtin:anything"
+    assert configuration.differences(config, json.dumps(older)) == [
+        "config.gone: 1 in the work directory, 'not there' now",
+        "config.seed: 'not there' in the work directory, 0 now",
+    ]

@@ -1,0 +1,208 @@
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from sea_jax import oracles, tokenizer
+from sea_jax.models import encoder, hf
+from sea_jax.models.config import EncoderConfig
+from sea_jax.types import Judgement
+from tests import tiny
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
+ENCODER = EncoderConfig(
+    family="bert",
+    vocab_size=len(WORDS),
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    d_ff=24,
+    activation="gelu",
+    norm_eps=1e-12,
+    max_positions=40,
+    num_token_types=2,
+)
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def texts(count: int) -> tuple[list[str], list[str], list[str]]:
+    """Prompts, first and second responses."""
+    return [f"x{i}" for i in range(count)], [f"y{i}" for i in range(count)], [f"z{i}" for i in range(count)]
+
+
+def always(probability: float) -> oracles.Preference:
+    return lambda prompts, first, second: np.full(len(prompts), probability)
+
+
+def test_by_reward_is_bradley_terry():
+    rewards = {("x0", "y0"): 1.0, ("x0", "z0"): 0.0, ("x1", "y1"): -0.5, ("x1", "z1"): 0.25}
+
+    def reward(prompts, responses):
+        return np.array([rewards[pair] for pair in zip(prompts, responses, strict=True)])
+
+    # sigmoid(2 * 1) = 0.880797 and sigmoid(2 * -0.75) = 1 / (1 + exp(1.5)) = 0.182426
+    probability = oracles.by_reward(reward, scale=2.0)(*texts(2))
+    np.testing.assert_allclose(probability, [0.880797, 0.182426], rtol=1e-5)
+    prompts, first, second = texts(2)
+    np.testing.assert_allclose(oracles.by_reward(reward, 2.0)(prompts, second, first), 1 - probability)
+
+
+def test_labels_by_hand():
+    probability = np.array([0.7, 0.5, 0.2, 1.0, 0.0])
+    np.testing.assert_array_equal(oracles.deterministic(probability, keys(5)), [1.0, 0.5, 0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(oracles.soft(probability, keys(5)), probability)
+    drawn = oracles.bradley_terry(probability, keys(5))
+    assert set(drawn) <= {0.0, 1.0}
+    np.testing.assert_array_equal(drawn[3:], [1.0, 0.0])
+
+
+def test_bradley_terry_draws_as_often_as_is_probable():
+    wins = oracles.bradley_terry(np.full(2000, 0.3), keys(2000))
+    assert stats.binomtest(int(wins.sum()), 2000, 0.3).pvalue > 0.01
+    np.testing.assert_array_equal(oracles.bradley_terry(np.full(3, 0.3), keys(2000)[7:10]), wins[7:10])
+
+
+@pytest.mark.parametrize("name", oracles.LABELS)
+def test_an_oracle_tells_the_probability_and_the_label(name):
+    asked = []
+
+    def preference(prompts, first, second):
+        asked.append((prompts, first, second))
+        return np.array([0.75, 0.25], np.float32)
+
+    judgement = oracles.labelled(preference, oracles.LABELS[name])(*texts(2), keys(2))
+    assert asked == [texts(2)]
+    assert judgement.probability.dtype == judgement.label.dtype == np.float64
+    np.testing.assert_array_equal(judgement.probability, [0.75, 0.25])
+    np.testing.assert_array_equal(judgement.label, oracles.LABELS[name](judgement.probability, keys(2)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.array([0.5]), r"asked about 2 pairs and returned shape \(1,\)"),
+        (np.array([[0.5], [0.5]]), r"returned shape \(2, 1\)"),
+        (np.array(0.5), r"returned shape \(\)"),
+        (np.array([0.5, 1.1]), r"must lie in \[0, 1\]; found .*1\.1"),
+        (np.array([-0.1, 0.5]), r"must lie in \[0, 1\]"),
+        (np.array([np.nan, 0.5]), r"must lie in \[0, 1\]"),
+    ],
+)
+def test_an_answer_that_is_no_probability_is_refused(answer, message):
+    oracle = oracles.labelled(lambda prompts, first, second: answer, oracles.soft)
+    with pytest.raises(ValueError, match=message):
+        oracle(*texts(2), keys(2))
+
+
+def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
+    oracle = oracles.flipped(oracles.labelled(always(0.9), oracles.deterministic), 0.1)
+    judgement = oracle(*texts(2000), keys(2000))
+    np.testing.assert_array_equal(judgement.probability, 0.9)
+    assert set(judgement.label) == {0.0, 1.0}
+    assert stats.binomtest(int((judgement.label == 0).sum()), 2000, 0.1).pvalue > 0.01
+
+
+def test_flips_wrap_any_oracle():
+    received = []
+
+    def own(prompts, first, second, keys):
+        received.append((prompts, first, second))
+        return Judgement(np.array([0.5, 0.6]), np.array([0.25, 1.0]))
+
+    always_flipped = oracles.flipped(own, 1.0)(*texts(2), keys(2))
+    np.testing.assert_array_equal(always_flipped.label, [0.75, 0.0])
+    np.testing.assert_array_equal(always_flipped.probability, [0.5, 0.6])
+    np.testing.assert_array_equal(oracles.flipped(own, 0.0)(*texts(2), keys(2)).label, [0.25, 1.0])
+    np.testing.assert_array_equal(
+        oracles.flipped(oracles.flipped(own, 1.0), 1.0)(*texts(2), keys(2)).label, [0.25, 1.0]
+    )
+    assert received == [texts(2)] * 3
+
+
+def test_flips_are_independent_of_the_draw_they_flip():
+    # Were both driven by one number, every label of 1 would be flipped to 0.
+    oracle = oracles.flipped(oracles.labelled(always(0.5), oracles.bradley_terry), 0.5)
+    wins = oracle(*texts(1000), keys(1000)).label
+    assert stats.binomtest(int(wins.sum()), 1000, 0.5).pvalue > 0.01
+
+
+# ---- The embedding oracle, with a random encoder whose words are letters
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "encoder"
+    hf.save(path, ENCODER, tiny.draw(encoder.abstract(ENCODER), 0))
+    words = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    words.save(str(path / "tokenizer.json"))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embed(directory):
+    return oracles.embed_texts(str(directory))
+
+
+def sentence(length: int, seed: int = 0) -> str:
+    return " ".join(np.random.default_rng(seed).choice(list("abcdefghij"), length))
+
+
+def test_an_embedding_is_the_unit_mean_of_the_hidden_states_of_a_text_alone(directory, embed):
+    loaded, words = hf.load(directory), tokenizer.load(directory)
+    apply = jax.jit(partial(encoder.apply, dtype="float32"), static_argnums=1)
+    written = [sentence(9), sentence(2)]
+    found = embed(written)
+    for text, vector in zip(written, found, strict=True):
+        ids = jnp.array([words.encode(text)])
+        assert ids.shape == (1, len(text.split()) + 2)
+        mean = np.asarray(apply(loaded.params, ENCODER, ids, jnp.ones(ids.shape, bool)))[0].mean(0)
+        np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours_nor_their_order(embed):
+    written = [sentence(4 + i % 30, seed=i) for i in range(oracles.ENCODER_BATCH + 6)]  # two batches
+    together = embed(written)
+    assert together.shape == (len(written), ENCODER.d_model)
+    np.testing.assert_allclose(embed(written[::-1])[::-1], together, atol=1e-5)
+    np.testing.assert_allclose(embed(written[40:41])[0], together[40], atol=1e-5)
+    assert len(np.unique(together.round(3), axis=0)) == len(written)
+
+
+def test_a_text_beyond_the_positions_is_cut(embed):
+    long = sentence(100)
+    np.testing.assert_allclose(embed([long]), embed([" ".join(long.split()[: ENCODER.max_positions - 2])]), atol=1e-5)
+
+
+def test_similarity_is_the_cosine_of_prompt_and_response(directory, embed):
+    reward = oracles.embedding_similarity(str(directory))
+    prompts = [sentence(5, seed=1), sentence(7, seed=2), sentence(5, seed=1)]
+    responses = [sentence(5, seed=1), sentence(3, seed=3), sentence(3, seed=3)]
+    expected = (embed(prompts) * embed(responses)).sum(-1)
+    for _ in range(2):  # prompts seen before are remembered
+        found = reward(prompts, responses)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found[0] == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_allclose(reward(prompts[::-1], responses[::-1]), expected[::-1], atol=1e-5)
+
+
+def test_a_decoder_is_no_encoder(tmp_path):
+    hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
+    with pytest.raises(ValueError, match=r"config\.oracle\.encoder=.*expected a BERT encoder, found a decoder"):
+        oracles.embed_texts(str(tmp_path / "decoder"))

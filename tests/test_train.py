@@ -1,0 +1,254 @@
+"""The main job end to end on the tiny configuration: what it writes, how it goes on, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from configs import tiny_random
+from sea_jax import agent, builtin, cache, metrics, train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_once() -> None:
+    cache.keep_compiled_programs()
+
+
+def configured(**fields: Any) -> ml_collections.ConfigDict:
+    """The tiny configuration with some fields set, as the command line would: loss__beta=1.0 is --config.loss.beta=1."""
+    config = tiny_random.get_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outcome(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock said."""
+    return [
+        {name: value for name, value in line.items() if not name.endswith("_time")}
+        for line in lines(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a whole run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.train(configured(), workdir)
+    return workdir
+
+
+def test_everything_a_run_owes_is_on_disk(finished: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "queries.jsonl", "samples.jsonl", "report.md", "win_rate.png"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").glob("events*"))
+    assert list((finished / "checkpoints").iterdir())
+    assert json.loads((finished / "config.json").read_text())["max_queries"] == 24
+
+
+def test_the_budget_is_exact_and_every_label_is_in_the_ledger(finished: Path) -> None:
+    ledger = lines(finished / "queries.jsonl")
+    counted = [line for line in ledger if line["counted"]]
+    assert len(counted) == 24 == lines(finished / "metrics.jsonl")[-1]["misc/query_step"]
+    assert all(line["labeller"] == "oracle" and line["label"] in (0, 0.5, 1) for line in counted)
+    uncounted = [line for line in ledger if not line["counted"]]
+    assert uncounted, "gamma and planning must give ERM labels in this configuration"
+    assert all(line["labeller"] == "erm" for line in uncounted)
+    assert all(line["first"] != line["second"] for line in ledger)
+    assert len({line["key"] for line in ledger}) == len(ledger)
+
+
+def test_the_win_rate_starts_at_one_half_and_is_measured_every_8_queries(finished: Path) -> None:
+    evaluations = [line for line in lines(finished / "metrics.jsonl") if "eval/rm_win_rate" in line]
+    assert [line["misc/query_step"] // 8 for line in evaluations] == [0, 1, 2, 3]
+    assert evaluations[0]["eval/rm_win_rate"] == 0.5
+    assert "eval/bon_win_rate" in evaluations[-1]
+    samples = lines(finished / "samples.jsonl")
+    assert len(samples) == 6 * len(evaluations)
+    assert all(sample["initial"] == sample["response"] for sample in samples if sample["step"] == 0)
+
+
+def test_planning_takes_policy_steps_that_cost_no_query(finished: Path) -> None:
+    last = lines(finished / "metrics.jsonl")[-1]
+    assert last["misc/gradient_steps"] > last["step"]
+    assert last["plan/loss"] > 0
+
+
+def test_the_same_command_twice_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    train.train(configured(), tmp_path / "again")
+    assert outcome(tmp_path / "again") == outcome(finished)
+
+
+def test_a_run_cut_off_after_its_labels_goes_on_to_the_same_numbers_and_pays_nothing_twice(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "run"
+    real_step = agent.step
+
+    def cut(this: agent.Agent, state: agent.State, key: Any) -> Any:
+        after = real_step(this, state, key)
+        if state.step == 3:
+            raise KeyboardInterrupt  # the labels of this step are paid for, its checkpoint is not written
+        return after
+
+    monkeypatch.setattr(agent, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(configured(), workdir)
+    paid = (workdir / "queries.jsonl").read_text()
+    monkeypatch.setattr(agent, "step", real_step)
+    train.train(configured(), workdir)
+    assert (workdir / "queries.jsonl").read_text().startswith(paid)
+    assert (workdir / "queries.jsonl").read_text() == (finished / "queries.jsonl").read_text()
+    assert outcome(workdir) == outcome(finished)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_same_command_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_step = agent.step
+
+    def interrupted(this: agent.Agent, state: agent.State, key: Any) -> Any:
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_step(this, state, key)
+
+    monkeypatch.setattr(agent, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(configured(), tmp_path)
+    assert stopped.value.code == 130
+    assert outcome(tmp_path)[-1]["step"] == 3
+    monkeypatch.setattr(agent, "step", real_step)
+    train.train(configured(), tmp_path)
+    assert outcome(tmp_path) == outcome(finished)
+
+
+def test_a_finished_run_started_again_only_reports(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "queries.jsonl").read_bytes()
+    train.train(configured(), finished)
+    assert (finished / "queries.jsonl").read_bytes() == before
+    assert "win rate" in capsys.readouterr().out
+
+
+def nan_loss(pairs: Any, *, beta: float = 0.1) -> Any:
+    """A loss that breaks."""
+    return pairs.chosen * jnp.nan
+
+
+def test_a_nan_stops_the_run_and_names_step_metric_and_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(metrics.NotFiniteError, match=r"(?s)step 1.*train/loss.*step 0"):
+        train.train(configured(loss__name="tests.test_train:nan_loss"), tmp_path)
+
+
+def same_texts(prompts: Any, first: Any, second: Any) -> Any:
+    raise AssertionError("two identical texts were sent to the oracle")
+
+
+def test_twins_are_never_sent_and_a_collapsed_policy_stops_the_run(tmp_path: Path) -> None:
+    config = configured(sampling__top_k=1, oracle__kind="tests.test_train:same_texts", eval__every_queries=1000)
+    with pytest.raises(ValueError, match=r"collapsed|same text"):
+        train.train(config, tmp_path)
+    assert not (tmp_path / "queries.jsonl").read_text()
+
+
+def no_prompts(directory: Path) -> dict[str, Any]:
+    return {"data__path": str(directory / "none.jsonl")}
+
+
+def empty_prompts(directory: Path) -> dict[str, Any]:
+    (directory / "empty.jsonl").write_text("")
+    return {"data__path": str(directory / "empty.jsonl")}
+
+
+def half_a_model(directory: Path) -> dict[str, Any]:
+    target = copy_of_the_tiny_model(directory)
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return {"policy__source": str(target)}
+
+
+def a_tokenizer_with_more_ids(directory: Path) -> dict[str, Any]:
+    target = copy_of_the_tiny_model(directory)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"extra{number}": 258 + number for number in range(3)}
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {"policy__source": str(target)}
+
+
+def copy_of_the_tiny_model(directory: Path) -> Path:
+    source, target = builtin.directory("tiny-random-llama"), directory / "model"
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def a_file(directory: Path) -> dict[str, Any]:
+    (directory / "run").write_text("")
+    return {}
+
+
+def another_run(directory: Path) -> dict[str, Any]:
+    config = configured(seed=7)
+    train.claim(directory / "run", config)
+    return {"loss__beta": 0.3}
+
+
+BAD = {
+    "a field out of range": (lambda _: {"loss__beta": -1.0}, r"config.loss.beta=-1.0: must be a number above 0"),
+    "one candidate": (lambda _: {"sampling__num_samples": 1}, r"config.sampling.num_samples=1: must be 2 or more"),
+    "no budget": (lambda _: {"max_queries": 0}, r"config.max_queries=0: must be 1 or more"),
+    "an unknown rule": (lambda _: {"exploration__rule": "best"}, r"config.exploration.rule='best'.*bai_ts"),
+    "a hyper-parameter of another loss": (lambda _: {"loss__gamma_over_beta": 0.1}, r"gamma_over_beta.*dpo.*beta"),
+    "too many layers": (lambda _: {"policy__train_last_layers": 3}, r"train_last_layers=3: the model has 2 layers"),
+    "no data file": (no_prompts, r"none.jsonl is not a file"),
+    "an empty data file": (empty_prompts, r"empty.jsonl holds no prompts"),
+    "prompts that are all too long": (lambda _: {"data__max_prompt_tokens": 3}, r"max_prompt_tokens is 3.*longer"),
+    "a truncated model": (half_a_model, r"model.safetensors"),
+    "a tokenizer that does not fit": (a_tokenizer_with_more_ids, r"token ids up to 260.*vocabulary has 258"),
+    "no such cached policy": (lambda _: {"policy__source": "cache:nowhere"}, r"cache:nowhere.*sea_jax.sft"),
+    "a file as the work directory": (a_file, r"--workdir=.* is a file"),
+    "another run's work directory": (another_run, r"(?s)another configuration.*config.loss.beta.*config.seed: 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error_before_anything_is_spent(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, message = BAD[case]
+    monkeypatch.setattr(agent, "step", lambda *_: pytest.fail("a step was taken"))
+    fields: Callable[[Path], dict[str, Any]] = prepare
+    with pytest.raises((ValueError, OSError), match=message):
+        train.train(configured(**fields(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run" / "queries.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.loss.bta=1", "bta"),
+        ("--config.nothing.beta=1", "nothing"),
+        ("--config.loss.beta=abc", "could not convert string to float: 'abc'"),
+        ("--config.max_queries=-3", "config.max_queries=-3: must be 1 or more"),
+        ("stray", "unexpected arguments ['stray']"),
+    ],
+)
+def test_the_command_line_answers_a_typo_with_one_error_and_no_traceback(flag: str, message: str) -> None:
+    command = [sys.executable, "-m", "sea_jax.train", "--config=configs/tiny_random.py", flag]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 1
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
