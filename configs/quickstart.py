@@ -1,7 +1,7 @@
 """SEA on a laptop: SmolLM2-135M learns one-sentence summaries of docstrings from a few hundred labels.
 
-    python -m sea_jax.sft --config=configs/quickstart_sft.py      (once; about 3 minutes on 2 cores)
-    python -m sea_jax.train --config=configs/quickstart.py        (about 6 minutes on 2 cores)
+python -m sea_jax.sft --config=configs/quickstart_sft.py      (once; about 3 minutes on 2 cores)
+python -m sea_jax.train --config=configs/quickstart.py        (about 6 minutes on 2 cores)
 """
 
 import ml_collections

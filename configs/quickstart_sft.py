@@ -1,6 +1,6 @@
 """The starting policy of the quickstart: SmolLM2-135M-Instruct, fine-tuned briefly to end after one sentence.
 
-    python -m sea_jax.sft --config=configs/quickstart_sft.py      (about 3 minutes on 2 cores; a second call does nothing)
+python -m sea_jax.sft --config=configs/quickstart_sft.py      (about 3 minutes on 2 cores; a second call does nothing)
 """
 
 import ml_collections

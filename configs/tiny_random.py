@@ -1,6 +1,6 @@
 """Every part of a run in seconds, on random weights: for tests and for trying things out. Nothing good can come of it.
 
-    python -m sea_jax.train --config=configs/tiny_random.py       (about 30 seconds on 2 cores, most of them compilation)
+python -m sea_jax.train --config=configs/tiny_random.py       (about 30 seconds on 2 cores, most of them compilation)
 """
 
 from collections.abc import Sequence

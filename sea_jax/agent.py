@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -132,7 +132,8 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
     metrics |= _duel_metrics(rewards, proposal, duel, labels, to_oracle, to_erm)
     metrics |= {f"train/{name}": float(value) for name, value in policy_metrics.items()}
     metrics |= {"train/rm/loss_rew": float(erm_metrics["loss"]), "train/rm/acc_rew": float(erm_metrics["accuracy"])}
-    state = state.replace(
+    state = replace(
+        state,
         learner=learner,
         ensemble=reward_model,
         replay=replay,
@@ -164,7 +165,7 @@ def _plan(agent: Agent, state: State, index: int, key: Array, metrics: Metrics) 
         )
         jax.block_until_ready(learner)
     metrics |= {"plan/loss": float(report["loss"]), "plan/label": float(labels.mean())}
-    return state.replace(learner=learner)
+    return replace(state, learner=learner)
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,14 @@ def _timed(metrics: Metrics, name: str) -> Iterator[None]:
 
 
 def _next_prompts(agent: Agent, state: State) -> tuple[Mapping[str, Any], State]:
-    return agent.prompts(state.batches), state.replace(batches=state.batches + 1)
+    return agent.prompts(state.batches), replace(state, batches=state.batches + 1)
 
 
 def _propose(agent: Agent, state: State, batch: Mapping[str, Any], key: Array) -> _Proposal:
     """Samples M responses per prompt from the current policy."""
     candidates = agent.generate(state.learner.trained, Prompts(batch["tokens"], batch["valid"]), key)
     texts = agent.texts(candidates)
-    candidates = candidates.replace(features=agent.features(batch, candidates, texts))
+    candidates = replace(candidates, features=agent.features(batch, candidates, texts))
     group = np.array([[row.index(text) for text in row] for row in texts])  # the first candidate with the same text
     return _Proposal(candidates, texts, jnp.asarray(group[:, :, None] != group[:, None, :]))
 
@@ -206,7 +207,7 @@ def _calibrated(state: State, candidates: Candidates) -> State:
     """Before the first step the ERM's features are standardised by the first candidates."""
     if state.step > 0:
         return state
-    return state.replace(ensemble=ensemble.calibrate(state.ensemble, candidates.features))
+    return replace(state, ensemble=ensemble.calibrate(state.ensemble, candidates.features))
 
 
 def _differ(proposal: _Proposal, duel: Duel) -> Array:
@@ -252,7 +253,7 @@ def _label(
 ) -> Array:
     """Labels the chosen rows: [B] float32, one half in the rows that nobody labels."""
     first, second, by_erm = np.asarray(duel.first), np.asarray(duel.second), np.asarray(to_erm)
-    rows = np.flatnonzero(np.asarray(to_oracle) | by_erm)
+    rows = np.flatnonzero(np.asarray(to_oracle) | by_erm).tolist()
     questions = [
         Question(
             key=f"{state.step}{suffix}-{row}",
@@ -267,7 +268,7 @@ def _label(
     ]
     labels = np.full(len(first), 0.5, np.float32)
     if questions:
-        labels[rows] = label(questions, agent.oracle, agent.ledger, jax.random.split(key, len(first))[rows])
+        labels[rows] = label(questions, agent.oracle, agent.ledger, jax.random.split(key, len(first))[jnp.array(rows)])
     return jnp.asarray(labels)
 
 

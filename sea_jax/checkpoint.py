@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-Checkpointer = ocp.training.Checkpointer
+Checkpointer: TypeAlias = ocp.training.Checkpointer
 
 
 @contextmanager
@@ -24,9 +24,7 @@ def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
       An Orbax checkpointer.
     """
     policy = ocp.training.preservation_policies.LatestN(keep)
-    checkpointer = Checkpointer(
-        directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
-    )
+    checkpointer = Checkpointer(directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
     try:
         yield checkpointer
     finally:

@@ -25,7 +25,9 @@ def default() -> ml_collections.ConfigDict:
     config.max_queries = 50_000  # budget: pairs labelled by the oracle, exact (paper, App. F)
 
     config.policy = policy = ml_collections.ConfigDict()
-    policy.source = ""  # directory in Hugging Face format, hub name, builtin:NAME, cache:NAME, or random:CONFIG_DIRECTORY
+    policy.source = (
+        ""  # directory in Hugging Face format, hub name, builtin:NAME, cache:NAME, or random:CONFIG_DIRECTORY
+    )
     policy.train_last_layers = 0  # train the last n layers and the last norm; 0 trains everything
     policy.dtype = "bfloat16"  # compute dtype; parameters and Adam's moments stay float32
 
@@ -55,7 +57,9 @@ def default() -> ml_collections.ConfigDict:
     exploration.gamma = 0.7  # probability that the oracle labels a duel (authors' code; mixture ratio of Eq. 9)
     exploration.burn_in_queries = 1000  # gamma is 1 until so many queries are paid for
     exploration.erm_pair = "duel"  # what the ERM labels: "duel" (paper) or "max_margin" (authors' code)
-    exploration.erm_label = "head"  # by a random head's choice (paper), or "mean": soft, mean over heads of P(first wins)
+    exploration.erm_label = (
+        "head"  # by a random head's choice (paper), or "mean": soft, mean over heads of P(first wins)
+    )
     exploration.planning_steps = 0  # policy steps on fresh ERM-labelled pairs per oracle step
     exploration.planning_after_queries = 128  # no planning before so many queries
 

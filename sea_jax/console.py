@@ -53,7 +53,9 @@ def parse(arguments: Sequence[str]) -> Sequence[str]:
         sys.exit(f"error: {error}; --help lists the flags")
     except (AttributeError, KeyError) as error:  # raised by a locked configuration for a field that it does not have
         overrides = ", ".join(argument for argument in arguments if argument.startswith("--config."))
-        sys.exit(f"error: no such field in the configuration: {str(error.args[0]).strip(QUOTES)}\nset were: {overrides}")
+        sys.exit(
+            f"error: no such field in the configuration: {str(error.args[0]).strip(QUOTES)}\nset were: {overrides}"
+        )
     except FileNotFoundError as error:
         sys.exit(f"error: --config: {error}")
 

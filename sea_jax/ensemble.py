@@ -1,6 +1,6 @@
 """The epistemic reward model (ERM): K small heads on frozen features, a posterior by deep ensemble (SEA paper, Sec. 4.2.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -111,8 +111,8 @@ def calibrate(ensemble: Ensemble, features: Array) -> Ensemble:
       Ensemble with `shift` and `scale` set from these features.
     """
     within = features - features.mean(1, keepdims=True)
-    return ensemble.replace(
-        shift=features.mean((0, 1)), scale=1 / jnp.maximum(jnp.sqrt((within**2).mean((0, 1))), 1e-6)
+    return replace(
+        ensemble, shift=features.mean((0, 1)), scale=1 / jnp.maximum(jnp.sqrt((within**2).mean((0, 1))), 1e-6)
     )
 
 
@@ -147,7 +147,9 @@ def _head_loss(
     total = jnp.maximum(weights.sum(), 1.0)
     squares = jax.tree.map(lambda w, w0: jnp.sum((w - w0) ** 2), head, anchor)
     agrees = ((logit > 0) == (labels > 0.5)).astype(jnp.float32)
-    return (nll * weights).sum() / total + anchor_weight * sum(jax.tree.leaves(squares)), (agrees * weights).sum() / total
+    return (nll * weights).sum() / total + anchor_weight * sum(jax.tree.leaves(squares)), (
+        agrees * weights
+    ).sum() / total
 
 
 def update(
@@ -188,7 +190,7 @@ def update(
     (heads, opt_state), (losses, accuracies) = jax.lax.scan(
         step, (ensemble.heads, ensemble.opt_state), jax.random.split(key, config.steps)
     )
-    learnt = ensemble.replace(heads=heads, opt_state=opt_state)
+    learnt = replace(ensemble, heads=heads, opt_state=opt_state)
     untouched = replay.added == 0
     learnt = jax.tree.map(lambda new, old: jnp.where(untouched, old, new), learnt, ensemble)
     return learnt, {"loss": losses[-1], "accuracy": accuracies[-1]}

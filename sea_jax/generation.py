@@ -130,7 +130,9 @@ def choose(logits: Array, key: Array, sampling: SamplingConfig) -> tuple[Array, 
 
 
 @partial(jax.jit, static_argnames=("config", "sampling"))
-def generate(params: Params, prompts: Prompts, key: Array, *, config: ModelConfig, sampling: SamplingConfig) -> Candidates:
+def generate(
+    params: Params, prompts: Prompts, key: Array, *, config: ModelConfig, sampling: SamplingConfig
+) -> Candidates:
     """Writes M responses to each prompt and reads the features of each on the way.
 
     Args:
@@ -234,6 +236,7 @@ def response_features(
     streams = decoder.embed(params, config, prompts.tokens, prompts.valid, tokens, valid, dtype=dtype)
     for stack in params["stacks"][:feature_stack]:
         streams, _ = decoder.run_stack(stack, config, streams)
+    assert streams.responses is not None
     hidden = streams.responses if feature_stack is not None else decoder.final(params, config, streams.responses)
     hidden = jnp.where(valid[..., None], hidden.astype(jnp.float32), 0)
     return hidden.sum(2) / lengths[..., None]

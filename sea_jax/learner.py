@@ -285,9 +285,7 @@ def update(
     total = batch.weights.sum()
     gradients, report = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), sums)
     updates, opt_state = optimizer(learner_config).update(gradients, learner.opt_state, learner.trained)
-    new = Learner(
-        trained=optax.apply_updates(learner.trained, updates), opt_state=opt_state, step=learner.step + 1
-    )
+    new = Learner(trained=optax.apply_updates(learner.trained, updates), opt_state=opt_state, step=learner.step + 1)
     new = jax.tree.map(lambda after, before: jnp.where(total > 0, after, before), new, learner)
     report["gradient_norm"] = optax.global_norm(gradients)
     report["learning_rate"] = schedule(learner_config)(learner.step)

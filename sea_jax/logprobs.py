@@ -70,6 +70,7 @@ def response_logprobs(params: Params, config: decoder.ModelConfig, streams: deco
       [B, M, T] float32; 0 on padding.
     """
     assert streams.responses is not None
+    assert streams.responses_valid is not None
     last_prompt = jnp.broadcast_to(streams.prompt[:, None, -1:], (*tokens.shape[:2], 1, streams.prompt.shape[-1]))
     hidden = jnp.concatenate([last_prompt, streams.responses[:, :, :-1]], axis=2)
     hidden = decoder.final(params, config, hidden).reshape(-1, hidden.shape[-1])

@@ -115,9 +115,7 @@ def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response
       ValueError: none is.
     """
     kept = [
-        one
-        for one in rendered
-        if one.record["reference"] and len(_reference_ids(one, words)) <= max_response_tokens
+        one for one in rendered if one.record["reference"] and len(_reference_ids(one, words)) <= max_response_tokens
     ]
     logging.info("%d of %d prompts have a reference of up to %d tokens", len(kept), len(rendered), max_response_tokens)
     if not kept:
@@ -145,7 +143,7 @@ def _batches(
         for row, one in enumerate(rows):
             ids = _reference_ids(one, words)
             tokens[row, 0, : len(ids)], lengths[row] = ids, len(ids)
-        return Prompts(batch["tokens"], batch["valid"]), tokens, lengths
+        return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), tokens, lengths
 
     return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate))
 

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import pre_tokenizers
 
 from sea_jax.models import decoder, hf
-from sea_jax.models.config import from_hf
+from sea_jax.models.config import ModelConfig, from_hf
 
 SPECIAL = ("<|end|>", "<|start|>")
 
@@ -48,7 +49,7 @@ def write(directory: Path, name: str, seed: int = 0) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     vocab = {piece: number for number, piece in enumerate(pieces)}
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "config.json": {
             **CONFIGS[name],
             "vocab_size": len(pieces),
@@ -75,5 +76,6 @@ def write(directory: Path, name: str, seed: int = 0) -> None:
     for file_name, content in files.items():
         (origin / file_name).write_text(json.dumps(content) + "\n", encoding="utf-8")
     config = from_hf(files["config.json"])
+    assert isinstance(config, ModelConfig)
     params = jax.device_get(decoder.init(config, jax.random.key(seed)))
     hf.save(directory, config, params, origin)

@@ -15,7 +15,6 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from sea_jax import agent as sea
 from sea_jax import (
     actors,
     cache,
@@ -30,6 +29,7 @@ from sea_jax import (
     report,
     wiring,
 )
+from sea_jax import agent as sea
 from sea_jax import config as configuration
 from sea_jax.ensemble import EnsembleConfig
 
@@ -194,7 +194,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         sys.exit(130)
     path = report.write(workdir)
     print(path.read_text())
-    print(f"{time.perf_counter() - begin:.0f} s in all. Everything written is in {workdir.absolute()}; the report is {path}")
+    print(
+        f"{time.perf_counter() - begin:.0f} s in all. Everything written is in {workdir.absolute()}; the report is {path}"
+    )
 
 
 MAX_IDLE_STEPS = 20  # steps without a query after which a run gives up

@@ -86,9 +86,8 @@ def test_heads_are_independent():
 
 def test_rewards_by_hand():
     state = moved(initial())
-    state = dataclasses.replace(
-        state, shift=np.arange(D, dtype=np.float32), scale=np.linspace(0.5, 2.0, D, dtype=np.float32)
-    )
+    shift, scale = np.arange(D, dtype=np.float32), np.linspace(0.5, 2.0, D, dtype=np.float32)
+    state = dataclasses.replace(state, shift=jnp.asarray(shift), scale=jnp.asarray(scale))
     features = normal(1, 2, 4, D)
     found = REWARDS(state, features)
     assert found.shape == (3, 2, 4)
@@ -151,9 +150,8 @@ def update_by_hand(state: Ensemble, held: Replay, config: EnsembleConfig) -> Par
 
 def test_m_scanned_steps_are_m_steps_by_hand():
     state = moved(initial())
-    state = dataclasses.replace(
-        state, shift=np.full(D, 0.3, np.float32), scale=np.linspace(0.5, 2.0, D, dtype=np.float32)
-    )
+    shift, scale = np.full(D, 0.3, np.float32), np.linspace(0.5, 2.0, D, dtype=np.float32)
+    state = dataclasses.replace(state, shift=jnp.asarray(shift), scale=jnp.asarray(scale))
     held = replay([1.0, 0.0, 0.3, 1.0, 0.5, 0.0])  # 6 pairs in a batch of 8: two rows weigh nothing
     learnt, report = UPDATE(state, held, jax.random.key(2), SMALL)
     assert_trees_close(learnt.heads, update_by_hand(state, held, SMALL), rtol=1e-3, atol=2e-5)

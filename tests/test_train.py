@@ -206,7 +206,7 @@ def another_run(directory: Path) -> dict[str, Any]:
     return {"loss__beta": 0.3}
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a field out of range": (lambda _: {"loss__beta": -1.0}, r"config.loss.beta=-1.0: must be a number above 0"),
     "one candidate": (lambda _: {"sampling__num_samples": 1}, r"config.sampling.num_samples=1: must be 2 or more"),
     "no budget": (lambda _: {"max_queries": 0}, r"config.max_queries=0: must be 1 or more"),
@@ -230,9 +230,8 @@ def test_bad_input_is_one_clear_error_before_anything_is_spent(
 ) -> None:
     prepare, message = BAD[case]
     monkeypatch.setattr(agent, "step", lambda *_: pytest.fail("a step was taken"))
-    fields: Callable[[Path], dict[str, Any]] = prepare
     with pytest.raises((ValueError, OSError), match=message):
-        train.train(configured(**fields(tmp_path)), tmp_path / "run")
+        train.train(configured(**prepare(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run" / "queries.jsonl").exists()
 
 

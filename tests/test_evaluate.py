@@ -1,0 +1,75 @@
+"""Win rates: who is asked, what a tie counts, and which of N responses is kept."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sea_jax import ensemble, evaluate
+from sea_jax.ensemble import EnsembleConfig
+from sea_jax.types import Array, Candidates, Params, Prompts
+
+
+def test_ties_count_half_and_the_same_text_is_never_sent() -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        asked.extend(zip(prompts, first, second, strict=True))
+        return np.array([0.9, 0.5, 0.2])
+
+    interval, probability = evaluate.compare(
+        preference, ["p", "q", "r", "s"], ["a", "b", "c", "d"], ["x", "b", "y", "z"]
+    )
+    assert asked == [("p", "a", "x"), ("r", "c", "y"), ("s", "d", "z")]
+    assert probability.tolist() == [0.9, 0.5, 0.5, 0.2]
+    assert interval.mean == (1 + 0.5 + 0.5 + 0) / 4
+    assert interval.low < 0.5 < interval.high
+
+
+def test_when_nothing_has_changed_nobody_is_asked() -> None:
+    def preference(*_: Sequence[str]) -> np.ndarray:
+        raise AssertionError
+
+    interval, _ = evaluate.compare(preference, ["p"], ["a"], ["a"])
+    assert interval.mean == 0.5
+
+
+def numbered(trained: Params, prompts: Prompts, key: Array) -> Candidates:
+    """Candidate m of prompt b is the token 10 b + m, of length m + 1; its feature is its token."""
+    tokens = 10 * prompts.tokens[:, :1, None] + jnp.arange(3)[None, :, None]
+    lengths = jnp.broadcast_to(jnp.arange(1, 4), tokens.shape[:2])
+    return Candidates(tokens, lengths, jnp.zeros(tokens.shape), tokens.astype(jnp.float32))
+
+
+def as_text(candidates: Candidates) -> list[list[str]]:
+    return [[str(int(token)) for token in row] for row in candidates.tokens[..., 0]]
+
+
+HELD_OUT = [
+    ({"id": ["a", "b"], "tokens": jnp.array([[1], [2]]), "valid": jnp.ones((2, 1), bool)}, np.array([True, True])),
+    ({"id": ["c", "c"], "tokens": jnp.array([[3], [3]]), "valid": jnp.ones((2, 1), bool)}, np.array([True, False])),
+]
+
+
+def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
+    responses = evaluate.greedy(numbered, as_text, {}, HELD_OUT)
+    assert responses.texts == ["10", "20", "30"]
+    assert responses.lengths.tolist() == [1, 1, 1]
+
+
+def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
+    reward_model = ensemble.init(EnsembleConfig(num_heads=3, hidden_size=4), 1, jax.random.key(0))
+    rewards = np.asarray(ensemble.rewards(reward_model, jnp.arange(10.0, 40.0)[None, :, None]).mean(0))[0]
+    responses = evaluate.best_of_n(
+        numbered,
+        as_text,
+        lambda batch, candidates, texts: candidates.features,
+        {},
+        reward_model,
+        HELD_OUT,
+        jax.random.key(1),
+    )
+    best = [int(rewards[start - 10 : start - 7].argmax()) for start in (10, 20, 30)]
+    assert responses.texts == [str(start + offset) for start, offset in zip((10, 20, 30), best, strict=True)]
+    assert responses.lengths.tolist() == [offset + 1 for offset in best]

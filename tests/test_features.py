@@ -1,0 +1,98 @@
+"""Features of a separate trunk: what the encoder is shown, and which of its hidden states are averaged."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sea_jax import features
+from sea_jax.models import encoder, hf
+from sea_jax.models.config import EncoderConfig, from_hf
+from sea_jax.types import Candidates
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sea", "salt", "is", "why", "wet", "it"]
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of 16 positions with a word-level tokenizer."""
+    origin = tmp_path_factory.mktemp("origin")
+    fields = {
+        "model_type": "bert", "vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16, "pad_token_id": 0,
+        "initializer_range": 0.5,
+    }  # fmt: skip
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    files = {
+        "config.json": fields,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "cls_token": "[CLS]", "sep_token": "[SEP]",
+            "pad_token": "[PAD]", "unk_token": "[UNK]",
+        },
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": word, **special} for i, word in enumerate(WORDS[:4])],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                    {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
+                ],
+                "pair": [],
+                "special_tokens": {
+                    word: {"id": word, "ids": [WORDS.index(word)], "tokens": [word]} for word in ("[CLS]", "[SEP]")
+                },
+            },
+            "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(WORDS)}, "unk_token": "[UNK]"},
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (origin / name).write_text(json.dumps(content))
+    config = from_hf(fields)
+    assert isinstance(config, EncoderConfig)
+    directory = tmp_path_factory.mktemp("models") / "trunk"
+    hf.save(directory, config, jax.device_get(encoder.init(config, jax.random.key(0))), origin)
+    return directory
+
+
+NOTHING = Candidates(tokens=None, lengths=None, logprobs=None, features=None)  # type: ignore[arg-type]
+
+
+def by_hand(trunk: Path, prompt: list[str], response: list[str]) -> np.ndarray:
+    """One pair without padding: mean over the response and its [SEP]."""
+    loaded = hf.load(trunk)
+    assert isinstance(loaded.config, EncoderConfig)
+    words = ["[CLS]", *prompt, "[SEP]", *response, "[SEP]"]
+    tokens = jnp.array([[WORDS.index(word) for word in words]])
+    types = jnp.array([[0] * (len(prompt) + 2) + [1] * (len(response) + 1)])
+    hidden = encoder.apply(
+        loaded.params, loaded.config, tokens, jnp.ones_like(tokens, bool), token_types=types, dtype="float32"
+    )
+    return np.asarray(hidden)[0, len(prompt) + 2 :].mean(0)
+
+
+def test_a_trunk_reads_prompt_and_response_as_a_pair_and_averages_over_the_response(trunk: Path) -> None:
+    batch = {"prompt": ["why is sea salt", "wet"]}
+    found = features.of_trunk(str(trunk))(batch, NOTHING, [["it is", "salt"], ["sea", ""]])
+    assert found.shape == (2, 2, 8)
+    for row, prompt in enumerate(batch["prompt"]):
+        for column, response in enumerate([["it is", "salt"], ["sea", ""]][row]):
+            expected = by_hand(trunk, prompt.split(), response.split())
+            np.testing.assert_allclose(found[row, column], expected, atol=1e-5)
+
+
+def test_an_over_long_prompt_loses_its_beginning_and_the_response_stays_whole(trunk: Path) -> None:
+    prompt = ["sea", "salt", "why", "wet"] * 5
+    (found,) = features.of_trunk(str(trunk))({"prompt": [" ".join(prompt)]}, NOTHING, [["it is wet"]])
+    expected = by_hand(trunk, prompt[-10:], ["it", "is", "wet"])  # 16 positions: [CLS] 10 [SEP] 3 [SEP]
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_a_decoder_is_refused_as_a_trunk() -> None:
+    with pytest.raises(ValueError, match=r"config.erm.trunk=builtin:tiny-random-llama: expected a BERT encoder"):
+        features.of_trunk("builtin:tiny-random-llama")
