@@ -46,8 +46,8 @@ class TorchStep:
         self.settings, self.inputs = settings, inputs
         self.dtype = getattr(torch, settings.dtype)
         self.words = AutoTokenizer.from_pretrained(policy)
-        self.policy = LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-        self.reference = copy.deepcopy(self.policy).to(self.dtype).requires_grad_(False)
+        self.policy = load_policy(policy, torch.float32)
+        self.reference = load_policy(policy, self.dtype).requires_grad_(False)
         self.sampler = self.policy if self.dtype == torch.float32 else copy.deepcopy(self.reference)
         self.trunk = first_layers(self.reference.model, settings.feature_layer)
         self.encoder = BertModel.from_pretrained(encoder, dtype=torch.float32, add_pooling_layer=False).eval()
@@ -252,6 +252,21 @@ class Rows:
         self.tokens = torch.cat([prompts, torch.from_numpy(responses).long().flatten(0, 1)], 1)
         self.valid = torch.cat([prompt_valid, self.response_valid], 1).long()
         self.positions = (self.valid.cumsum(1) - 1).clamp(min=0)
+
+
+def load_policy(directory: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Loads a Llama whose unembedding gets its rows in one piece.
+
+    Of the hidden states at some positions, a slice, PyTorch would make one product per row, with a copy of the whole
+    unembedding for each.
+
+    Args:
+      directory: in the format of transformers.
+      dtype: of the weights; the frequencies of the positions stay float32.
+    """
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
+    return model
 
 
 def first_layers(model: LlamaModel, count: int) -> LlamaModel:

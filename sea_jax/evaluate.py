@@ -1,6 +1,6 @@
 """How good the policy is: its greedy responses to held-out prompts against the initial policy's, as the oracle sees it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,13 @@ import numpy as np
 
 from sea_jax import ensemble, sampling
 from sea_jax.actors import Generate
+from sea_jax.data import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
 from sea_jax.metrics import Interval, win_rate
 from sea_jax.types import Candidates, Params, Preference, Prompts
 
+Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
 
 
@@ -30,9 +32,7 @@ class Responses:
     lengths: np.ndarray
 
 
-def greedy(
-    generate: Generate, texts: Callable[[Candidates], list[list[str]]], trained: Params, heldout: HeldOut
-) -> Responses:
+def greedy(generate: Generate, texts: Texts, trained: Params, heldout: HeldOut) -> Responses:
     """Writes the most probable response to every held-out prompt, token by token.
 
     Args:
@@ -55,7 +55,7 @@ def greedy(
 
 def best_of_n(
     generate: Generate,
-    texts: Callable[[Candidates], list[list[str]]],
+    texts: Texts,
     features: Featurize,
     trained: Params,
     reward_model: Ensemble,
@@ -86,6 +86,74 @@ def best_of_n(
         written += [responses[row][best[row]] for row in rows]
         lengths.append(np.asarray(candidates.lengths)[rows, best[rows]])
     return Responses(written, np.concatenate(lengths))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every evaluation of a run shares.
+
+    Attributes:
+      records: the N held-out records.
+      heldout: the same as batches and masks.
+      texts: Candidates -> B lists of M texts.
+      preference: the oracle's taste, free of noise.
+      initial: the initial policy's greedy responses.
+    """
+
+    records: Sequence[Record]
+    heldout: HeldOut
+    texts: Texts
+    preference: Preference
+    initial: Responses
+
+
+def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[dict[str, float], np.ndarray]:
+    """Compares responses with the initial policy's.
+
+    Args:
+      evaluation: Evaluation.
+      responses: to the first n <= N held-out prompts.
+      name: of the way in which they were made, for the metrics: "rm" (the policy, greedily) or "bon" (best of N).
+
+    Returns:
+      Metrics, and P(response wins) [n].
+    """
+    count = len(responses.texts)
+    prompts = [record["prompt"] for record in evaluation.records[:count]]
+    interval, probability = compare(evaluation.preference, prompts, responses.texts, evaluation.initial.texts[:count])
+    return {
+        f"eval/{name}_win_rate": interval.mean,
+        f"eval/{name}_win_rate_low": interval.low,
+        f"eval/{name}_win_rate_high": interval.high,
+        f"eval/{name}_response_length": float(responses.lengths.mean()),
+    }, probability
+
+
+def samples(
+    evaluation: Evaluation, responses: Responses, probability: np.ndarray, step: int
+) -> Iterator[dict[str, Any]]:
+    """Yields what samples.jsonl holds of an evaluation.
+
+    Args:
+      evaluation: Evaluation.
+      responses: to the held-out prompts.
+      probability: P(response wins), one for each.
+      step: training step.
+
+    Yields:
+      One record per prompt.
+    """
+    rows = zip(evaluation.records, responses.texts, evaluation.initial.texts, probability, strict=True)
+    for record, text, initial, p in rows:
+        yield {
+            "step": step,
+            "prompt_id": record["id"],
+            "prompt": record["prompt"],
+            "reference": record["reference"],
+            "initial": initial,
+            "response": text,
+            "win_probability": float(p),
+        }
 
 
 def compare(

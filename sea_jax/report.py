@@ -34,7 +34,7 @@ WIN_RATE = "eval/rm_win_rate"
 BEST_OF_N_WIN_RATE = "eval/bon_win_rate"
 QUERIES = "misc/query_step"
 GRADIENT_STEPS = "misc/gradient_steps"
-LENGTH = "eval/response_length"
+LENGTH = "eval/rm_response_length"
 INITIAL_LENGTH = "eval/initial_response_length"
 
 REPORT = "report.md"

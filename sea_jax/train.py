@@ -3,11 +3,9 @@
 import functools
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -32,6 +30,7 @@ from sea_jax import (
 from sea_jax import agent as sea
 from sea_jax import config as configuration
 from sea_jax.ensemble import EnsembleConfig
+from sea_jax.interrupts import Interrupts
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything the run writes; default runs/NAME-seedSEED.")
@@ -59,7 +58,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     policy = wiring.policy(config.policy.source, config.policy.train_last_layers, config.erm.feature_layer)
     train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     padding = {"pad_id": policy.tokenizer.pad_id, "bucket": config.data.bucket}
-    batches = data.prompts(train_prompts, batch_size=config.data.batch_size, seed=config.seed, **padding)
+    batch_size = config.data.batch_size
+    batches = data.prompts(train_prompts, batch_size=batch_size, seed=config.seed, **padding)
     heldout = list(data.once(heldout_prompts, batch_size=config.eval.batch_size, **padding))
     preference = wiring.preference(config.oracle)
 
@@ -72,15 +72,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     )
     features = wiring.featurize(config.erm, policy, sampler)
     texts = wiring.texts(policy.tokenizer)
-    greedy = actors.in_process(
-        policy.frozen, policy.config, how(num_samples=1, max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
+    actor = functools.partial(actors.in_process, policy.frozen, policy.config)
+    greedy = actor(how(num_samples=1, max_new_tokens=config.eval.max_new_tokens, temperature=0.0))
+    many = actor(
+        how(
+            num_samples=max(config.eval.best_of_n, 1),
+            max_new_tokens=config.eval.max_new_tokens,
+            temperature=config.sampling.temperature,
+        )
     )
 
     # -------------------------------------------------------------------------------------------------------- Learner, ERM
     total_steps = policy_steps(config)
     learner_config = wiring.learner_config(config.learner, config.policy.dtype, total_steps)
     erm = config.erm.to_dict()
-    capacity = max(min(erm.pop("replay_capacity"), config.max_queries), config.data.batch_size)
+    capacity = max(min(erm.pop("replay_capacity"), config.max_queries), batch_size)
     ensemble_config = EnsembleConfig(**{name: erm[name] for name in EnsembleConfig.__dataclass_fields__})
     num_features = wiring.num_features(config.erm, policy)
     state = sea.State(
@@ -100,7 +106,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     ):
         agent = sea.Agent(
             prompts=batches.__getitem__,
-            generate=actors.in_process(policy.frozen, policy.config, sampler),
+            generate=actor(sampler),
             texts=texts,
             features=features,
             rule=rule,
@@ -126,32 +132,30 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
             logging.info("going on from the checkpoint of step %d, %d queries paid for", state.step, state.queries)
 
         # ------------------------------------------------------------------------------------------------------ Evaluation
-        initial = evaluate.greedy(greedy, texts, policy.reference, heldout)
-        heldout_records = [one.record for one in heldout_prompts]
+        evaluation = evaluate.Evaluation(
+            records=[one.record for one in heldout_prompts],
+            heldout=heldout,
+            texts=texts,
+            preference=preference,
+            initial=evaluate.greedy(greedy, texts, policy.reference, heldout),
+        )
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
             start = time.perf_counter()
-            now = evaluate.greedy(greedy, texts, state.learner.trained, heldout) if state.step else initial
-            posts = [record["prompt"] for record in heldout_records]
-            interval, probability = evaluate.compare(preference, posts, now.texts, initial.texts)
-            for record, text, before, p in zip(heldout_records, now.texts, initial.texts, probability, strict=True):
-                writer.sample(
-                    {
-                        "step": state.step,
-                        "prompt_id": record["id"],
-                        "prompt": record["prompt"],
-                        "reference": record["reference"],
-                        "initial": before,
-                        "response": text,
-                        "win_probability": float(p),
-                    }
+            trained = state.learner.trained
+            now = evaluate.greedy(greedy, texts, trained, heldout) if state.step else evaluation.initial
+            row, probability = evaluate.measure(evaluation, now, "rm")
+            for sample in evaluate.samples(evaluation, now, probability, state.step):
+                writer.sample(sample)
+            if state.queries >= config.max_queries and config.eval.best_of_n:
+                few = list(
+                    data.once(heldout_prompts[: config.eval.best_of_n_prompts], batch_size=batch_size, **padding)
                 )
-            return {
-                "eval/rm_win_rate": interval.mean,
-                "eval/rm_win_rate_low": interval.low,
-                "eval/rm_win_rate_high": interval.high,
-                "eval/response_length": float(now.lengths.mean()),
-                "eval/initial_response_length": float(initial.lengths.mean()),
+                best = evaluate.best_of_n(many, texts, features, trained, state.ensemble, few, root)
+                row |= evaluate.measure(evaluation, best, "bon")[0]
+            initial_length = float(evaluation.initial.lengths.mean())
+            return row | {
+                "eval/initial_response_length": initial_length,
                 "eval/elapsed_time": time.perf_counter() - start,
             }
 
@@ -173,8 +177,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
                 done = state.queries >= config.max_queries
                 if crossed(queries_before, state.queries, config.eval.every_queries) or done:
                     row |= evaluated(state, writer)
-                if done and config.eval.best_of_n:
-                    row |= best_of_n_metrics(config, policy, how, features, preference, state, heldout_prompts, initial)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
                 if state.step % config.checkpoint.every_steps == 0 or done or interrupts.requested:
@@ -275,68 +277,6 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
     """Picks what the progress bar shows."""
     shown = {"eval/rm_win_rate": "win rate", "explorer/erm_accuracy": "ERM accuracy", "train/loss": "loss"}
     return {shown[name]: row[name] for name in shown if name in row}
-
-
-def best_of_n_metrics(
-    config: ml_collections.ConfigDict,
-    policy: wiring.Policy,
-    how: Any,
-    features: Any,
-    preference: Any,
-    state: sea.State,
-    heldout_prompts: list[data.Rendered],
-    initial: evaluate.Responses,
-) -> dict[str, float]:
-    """Evaluates best-of-N under the ERM against the initial policy's greedy responses."""
-    rendered = heldout_prompts[: config.eval.best_of_n_prompts]
-    sampler = how(
-        num_samples=config.eval.best_of_n,
-        max_new_tokens=config.eval.max_new_tokens,
-        temperature=config.sampling.temperature,
-    )
-    batches = data.once(
-        rendered, batch_size=config.data.batch_size, pad_id=policy.tokenizer.pad_id, bucket=config.data.bucket
-    )
-    best = evaluate.best_of_n(
-        actors.in_process(policy.frozen, policy.config, sampler),
-        wiring.texts(policy.tokenizer),
-        features,
-        state.learner.trained,
-        state.ensemble,
-        list(batches),
-        jax.random.key(config.seed),
-    )
-    posts = [one.record["prompt"] for one in rendered]
-    interval, _ = evaluate.compare(preference, posts, best.texts, initial.texts[: len(posts)])
-    return {
-        "eval/bon_win_rate": interval.mean,
-        "eval/bon_win_rate_low": interval.low,
-        "eval/bon_win_rate_high": interval.high,
-        "eval/bon_response_length": float(best.lengths.mean()),
-    }
-
-
-class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        logging.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
 
 
 def main() -> None:

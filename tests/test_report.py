@@ -22,7 +22,7 @@ def evaluation(win_rate: float, queries: int, gradient_steps: int, **more: Any) 
         "eval/rm_win_rate": win_rate,
         "eval/rm_win_rate_low": win_rate - 0.05,
         "eval/rm_win_rate_high": win_rate + 0.05,
-        "eval/response_length": 41.25,
+        "eval/rm_response_length": 41.25,
         "eval/initial_response_length": 38.0,
         **more,
     }

@@ -11,7 +11,29 @@ from sea_jax.models.layers import ACTIVATIONS
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: sizes in features, heads, layers and tokens; hashable, so that jit takes it as a static argument."""
+    """A decoder; hashable, so that jit takes it as a static argument.
+
+    Attributes:
+      family: the model_type of its config.json; decides norm and MLP.
+      vocab_size: V, tokens with an embedding.
+      d_model: d, features of a hidden state.
+      num_layers: L.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; divides num_heads.
+      head_dim: features of a head.
+      d_ff: hidden features of the MLP.
+      activation: of the MLP, a key of layers.ACTIVATIONS.
+      norm_eps: added to the variance, or mean square, in norms.
+      max_positions: longest sequence in tokens that the model was made for; read by some rope scaling rules.
+      rope_theta: base of the rotary frequencies.
+      rope_fraction: share of each head's features that is rotated (GPT-NeoX), or of the frequencies (Proportional).
+      rope_scaling: how the frequencies are changed for longer sequences, None for not at all.
+      tie_embeddings: whether the unembedding is the embedding.
+      parallel_residual: whether the MLP reads the layer's input rather than the attention's output (GPT-NeoX).
+      attention_bias: whether q, k, v and o have biases.
+      mlp_bias: whether the matrices of the MLP have biases.
+      init_std: standard deviation of freshly drawn matrices.
+    """
 
     family: Literal["llama", "gpt_neox"]
     vocab_size: int
@@ -46,7 +68,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A BERT encoder: sizes in features, heads, layers and tokens; hashable like ModelConfig."""
+    """A BERT encoder; hashable, so that jit takes it as a static argument.
+
+    Attributes:
+      family: the model_type of its config.json.
+      vocab_size: V, tokens with an embedding.
+      d_model: d, features of a hidden state.
+      num_layers: L.
+      num_heads: heads; each has d_model / num_heads features.
+      d_ff: hidden features of the MLP.
+      activation: of the MLP, a key of layers.ACTIVATIONS.
+      norm_eps: added to the variance in norms.
+      max_positions: positions with an embedding, so the longest sequence in tokens.
+      num_token_types: token types (sentences of a pair) with an embedding.
+      init_std: standard deviation of freshly drawn matrices.
+    """
 
     family: Literal["bert"]
     vocab_size: int
@@ -146,12 +182,12 @@ def _field(config: Mapping[str, Any], name: str, kind: type, default: Any = _REQ
     value = config.get(name)
     if value is None:
         if default is _REQUIRED:
-            raise ValueError(f"config.json has no field {name!r}; a {kind.__name__} is needed")
+            raise ValueError(f"config.json has no field {name!r}; it must be there and of type {kind.__name__}")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"config.json field {name!r} is {value!r}; a {kind.__name__} is needed")
+        raise ValueError(f"config.json field {name!r} is {value!r}; it must be of type {kind.__name__}")
     return value
 
 

@@ -24,10 +24,13 @@ _MASKED = -1e30
 
 @flax.struct.dataclass
 class Streams:
-    """Prompts and the M responses that share each, as hidden states; `responses` is None for prompts alone.
+    """Prompts and the M responses that share each, as hidden states.
 
-    prompt: [B, P, d]; prompt_valid: bool [B, P], padding on the left, so that the last token is at P - 1.
-    responses: [B, M, T, d]; responses_valid: bool [B, M, T], padding on the right.
+    Attributes:
+      prompt: [B, P, d].
+      responses: [B, M, T, d], or None for prompts alone.
+      prompt_valid: bool [B, P], False on padding, which is on the left: the last token of a prompt is at P - 1.
+      responses_valid: bool [B, M, T], False on padding, which is on the right; or None.
     """
 
     prompt: jax.Array
@@ -51,9 +54,6 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
     """
     weight = normal(config.init_std)
-    bounds = (0, *cuts, config.num_layers)
-    if any(low >= high for low, high in itertools.pairwise(bounds)):
-        raise ValueError(f"cuts {tuple(cuts)} must ascend strictly between 0 and {config.num_layers} layers")
 
     def norm(*stacked: int) -> Params:
         axes = ("layers",) * len(stacked) + (None,)
@@ -86,7 +86,7 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
     table = ParamSpec((config.vocab_size, config.d_model), ("vocab", "embed"), weight)
     params: Params = {
         "embed": table,
-        "stacks": tuple(stack(high - low) for low, high in itertools.pairwise(bounds)),
+        "stacks": tuple(stack(high - low) for low, high in _stacks(cuts, config.num_layers)),
         "final_norm": norm(),
     }
     return params if config.tie_embeddings else params | {"unembed": table}
@@ -120,9 +120,7 @@ def recut(params: Params, cuts: Sequence[int]) -> Params:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
     """
     num_layers = sum(len(stack["q"]["kernel"]) for stack in params["stacks"])
-    bounds = (0, *cuts, num_layers)
-    if any(low >= high for low, high in itertools.pairwise(bounds)):
-        raise ValueError(f"cuts {tuple(cuts)} must ascend strictly between 0 and {num_layers} layers")
+    bounds = _stacks(cuts, num_layers)
 
     def join(*leaves: Any) -> Any:
         if len(leaves) == 1:
@@ -130,9 +128,16 @@ def recut(params: Params, cuts: Sequence[int]) -> Params:
         return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else jnp.concatenate(leaves)
 
     whole = jax.tree.map(join, *params["stacks"])
-    pairs = itertools.pairwise(bounds)
-    stacks = tuple(jax.tree.map(lambda leaf, low=low, high=high: leaf[low:high], whole) for low, high in pairs)
+    stacks = tuple(jax.tree.map(lambda leaf, low=low, high=high: leaf[low:high], whole) for low, high in bounds)
     return params | {"stacks": stacks}
+
+
+def _stacks(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+    """The first layer of every stack and the one after its last."""
+    bounds = list(itertools.pairwise((0, *cuts, num_layers)))
+    if any(low >= high for low, high in bounds):
+        raise ValueError(f"cuts {tuple(cuts)} must ascend strictly between 0 and {num_layers} layers")
+    return bounds
 
 
 def embed(

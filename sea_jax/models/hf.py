@@ -29,7 +29,13 @@ Place = tuple[int | None, str]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as loaded: its configuration, its parameters as float32 numpy arrays, and where it lay."""
+    """A model as loaded.
+
+    Attributes:
+      config: its configuration.
+      params: its parameters as float32 numpy arrays, see `decoder.abstract` and `encoder.abstract`.
+      directory: where its files lie, those of its tokenizer too.
+    """
 
     config: ModelConfig | EncoderConfig
     params: Params

@@ -10,7 +10,15 @@ Layout = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors of one family: outside the layers, inside each, those without a parameter, and other spellings."""
+    """The tensors of one family.
+
+    Attributes:
+      outer: the tensors outside the layers.
+      layer_prefix: what stands before a layer's number.
+      layer: the tensors of each layer, by the name after its number and a dot.
+      ignored: names of tensors that hold no parameter.
+      spellings: (pattern, replacement) that bring other spellings of a name to the one above.
+    """
 
     outer: Layout
     layer_prefix: str

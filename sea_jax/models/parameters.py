@@ -13,7 +13,14 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What is known of a parameter before it has a value: shape, dtype, logical axis names and initialiser."""
+    """What is known of a parameter before it has a value.
+
+    Attributes:
+      shape: its shape.
+      axes: a logical name for each axis (layers, vocab, embed, heads, kv_heads, mlp), None where none is ever sharded.
+      init: (key, shape, dtype) -> the first value.
+      dtype: its dtype.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]

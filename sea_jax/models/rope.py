@@ -68,18 +68,6 @@ class Proportional:
 RopeScaling = Linear | Dynamic | Yarn | LongRope | Llama3 | Proportional
 
 
-def depends_on_length(scaling: RopeScaling | None) -> bool:
-    """Says whether the frequencies change with the length of the sequence.
-
-    Args:
-      scaling: the scaling rule, None for the plain frequencies.
-
-    Returns:
-      True for Dynamic and LongRope.
-    """
-    return isinstance(scaling, Dynamic | LongRope)
-
-
 def inverse_frequencies(config: "ModelConfig", lengths: jax.Array | np.ndarray) -> jax.Array:
     """Inverse frequencies of the rotation, as transformers' ROPE_INIT_FUNCTIONS define them.
 

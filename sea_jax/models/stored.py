@@ -12,7 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, and a function that reads it as an array of floats."""
+    """A tensor in a file.
+
+    Attributes:
+      path: the file.
+      shape: the tensor's shape.
+      read: reads it as an array of floats; a ValueError names a dtype that is not supported.
+    """
 
     path: Path
     shape: tuple[int, ...]

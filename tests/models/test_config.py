@@ -29,6 +29,16 @@ def test_defaults_of_llama() -> None:
     assert not any((config.tie_embeddings, config.attention_bias, config.mlp_bias, config.parallel_residual))
 
 
+def test_original_length_beside_the_rope_parameters_wins() -> None:
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for beside, inside, expected in ((16, 32, 16), (None, 32, 32), (16, None, 16), (None, None, 2048)):
+        parameters = llama3 | {"original_max_position_embeddings": inside}
+        fields = LLAMA | {"rope_scaling": parameters, "original_max_position_embeddings": beside}
+        config = configs.from_hf(fields)
+        assert isinstance(config, ModelConfig)
+        assert config.rope_scaling == rope.Llama3(8.0, 1.0, 4.0, expected)
+
+
 def test_defaults_of_gpt_neox() -> None:
     config = configs.from_hf(NEOX)
     assert isinstance(config, ModelConfig)
@@ -87,7 +97,7 @@ def test_configs_are_hashable() -> None:
         ({"model_type": "mamba"}, "'model_type' is 'mamba'; supported are llama, gpt_neox and bert"),
         ({"model_type": None}, "'model_type' is None"),
         (LLAMA | {"vocab_size": None}, "no field 'vocab_size'"),
-        (LLAMA | {"vocab_size": "100"}, "'vocab_size' is '100'; a int is needed"),
+        (LLAMA | {"vocab_size": "100"}, "'vocab_size' is '100'; it must be of type int"),
         (LLAMA | {"num_hidden_layers": 0}, "'num_hidden_layers' is 0; it must be at least 1"),
         (LLAMA | {"num_hidden_layers": True}, "'num_hidden_layers' is True"),
         (LLAMA | {"hidden_act": "mish"}, "'hidden_act' is 'mish'; supported are gelu"),
@@ -101,7 +111,7 @@ def test_configs_are_hashable() -> None:
             "'rope_type' is 'su'; supported are default, dynamic",
         ),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "no field 'factor'"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "'factor' is '2'; a float is needed"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "'factor' is '2'; it must be of type float"),
         (LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'short_factor' has 1 numbers; 3 are"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one rule for all layers"),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "more than 2 rotated features"),

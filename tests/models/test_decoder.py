@@ -103,6 +103,17 @@ def test_padding_does_not_show(lengths: list[int], seed: int) -> None:
         np.testing.assert_allclose(found.responses[row, 1], plain[length:], atol=2e-5)
 
 
+def test_scores_beyond_the_range_of_exp() -> None:
+    params, config = jax.tree.map(np.asarray, tiny.params()), tiny.CONFIG
+    for name in ("q", "k"):
+        params["stacks"][0][name]["kernel"] = 30 * params["stacks"][0][name]["kernel"]
+    prompt, responses = _tokens(0, 1, 4), _tokens(1, 1, 2, 3)
+    found = _through(params, config, prompt, np.ones((1, 4), bool), responses, np.ones((1, 2, 3), bool))
+    for sample in range(2):
+        plain = tiny.hidden_states(params, prompt[0].tolist() + responses[0, sample].tolist(), 1)
+        np.testing.assert_allclose(found.responses[0, sample], plain[4:], atol=1e-3)
+
+
 def test_responses_do_not_see_one_another() -> None:
     params, config = tiny.params(), tiny.CONFIG
     prompt, valid, responses = _tokens(0, 1, 4), _left_padded([4], 4), _tokens(1, 1, 3, 4) % 30
