@@ -325,8 +325,8 @@ def _evaluation_section(run: Run) -> str:
     columns = len(header) if any(row[-1] for row in rows) else len(header) - 1
     return (
         _table(header[:columns], [row[:columns] for row in rows])
-        + "\n\nWin rate: the share of held-out prompts on which the oracle prefers the response over the reference, a "
-        "tie counting half, with Wilson's interval over prompts. Length: tokens, in brackets the initial policy's.\n\n"
+        + "\n\nWin rate: the share of held-out prompts on which the oracle prefers the response over the initial policy's, a "
+        "tie counting half, with Wilson's interval over prompts. Length: tokens, in brackets those of the initial policy.\n\n"
         f"{EMBEDDED_PICTURE}"
     )
 

@@ -244,6 +244,16 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_exist():
         assert drawn[0] == 123
 
 
+def test_rounding_at_the_edges_of_the_blocks_draws_no_impossible_token():
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    logits[::2] = -np.inf  # every block of two begins with a token that must not be drawn
+    edges = np.cumsum(special.softmax(logits))[1::2]
+    uniforms = np.concatenate([edges + ulps * np.spacing(edges) for ulps in range(-3, 4)])
+    uniforms = jnp.asarray(uniforms[uniforms < 1], jnp.float32)
+    drawn = generation.draw(jnp.broadcast_to(jnp.asarray(logits), (len(uniforms), 300)), uniforms)
+    assert np.isfinite(logits[np.asarray(drawn)]).all()
+
+
 def test_temperature_shapes_the_draw_but_not_the_log_prob():
     logits = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
     sampling = dataclasses.replace(GREEDY, temperature=0.5)
