@@ -1,8 +1,8 @@
 """Our side: the parts of a step by the library's own functions, put together as `sea_jax.train` does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -14,7 +14,9 @@ from sea_jax import ensemble, experience, features, generation, learner, losses,
 from sea_jax.ensemble import EnsembleConfig
 from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
-from sea_jax.types import Candidates, PreferenceBatch, Prompts
+from sea_jax.types import Array, Candidates, PairLogps, PreferenceBatch, Prompts
+
+response_logprobs = jax.jit(learner.response_logprobs, static_argnames=("config", "remat", "dtype"))
 
 
 class JaxStep:
@@ -41,7 +43,7 @@ class JaxStep:
         )
         self.learner_config = learner_config(settings, len(inputs.posts))
         self.learner = learner.init(self.policy.reference, self.learner_config)
-        self.loss = losses.bind(losses.LOSSES["dpo"], {"beta": settings.beta})
+        self.loss = dpo(settings.beta)
         erm = ensemble_config(settings)
         heads = jax.tree.map(jnp.asarray, inputs.heads)
         self.ensemble = ensemble.Ensemble(
@@ -142,15 +144,17 @@ class JaxStep:
         Returns:
           [B, M, T] float32; 0 on padding.
         """
-        compute = jax.jit(
-            partial(
-                learner.response_logprobs,
-                config=self.policy.config,
-                remat=self.learner_config.remat,
-                dtype=self.learner_config.dtype,
-            )
+        (values,) = response_logprobs(
+            self.policy.frozen,
+            (self.learner.trained,),
+            self.prompts,
+            responses,
+            lengths,
+            config=self.policy.config,
+            remat=self.learner_config.remat,
+            dtype=self.learner_config.dtype,
         )
-        return np.asarray(compute(self.policy.frozen, (self.learner.trained,), self.prompts, responses, lengths)[0])
+        return np.asarray(values)
 
     def learn(self) -> float:
         """Takes one DPO step on all weights of the policy; returns the loss before it."""
@@ -173,6 +177,16 @@ class JaxStep:
         )
         jax.block_until_ready(self.learner)
         return float(report["loss"])
+
+
+@cache  # one function per beta, so that a step is compiled once
+def dpo(beta: float) -> Callable[[PairLogps], Array]:
+    """Returns the loss.
+
+    Args:
+      beta: DPO's.
+    """
+    return losses.bind(losses.LOSSES["dpo"], {"beta": beta})
 
 
 def sampling_config(settings: Settings, policy: wiring.Policy) -> SamplingConfig:

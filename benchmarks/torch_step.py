@@ -93,7 +93,7 @@ class TorchStep:
         )
         # transformers fills None from the model's own file, so the end-of-sequence token is removed there.
         self.sampler.generation_config.eos_token_id = None
-        out = self.sampler.generate(
+        out = cast(Any, self.sampler).generate(
             torch.from_numpy(self.inputs.tokens).long(),
             attention_mask=torch.from_numpy(self.inputs.valid).long(),
             generation_config=how,

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.batch_size = 16
 
     config.sampling.num_samples = 8
-    config.sampling.max_new_tokens = 24
+    config.sampling.max_new_tokens = 20
 
     config.exploration.gamma = 1.0
     config.exploration.burn_in_queries = 0
@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.every_queries = 64
     config.eval.num_prompts = 128
     config.eval.batch_size = 64
-    config.eval.max_new_tokens = 24
+    config.eval.max_new_tokens = 20
     config.eval.best_of_n = 8
     config.checkpoint.every_steps = 4
     return config

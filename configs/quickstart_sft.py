@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "quickstart_sft"
     config.output = "cache:quickstart-sft"
     config.steps = 48
-    config.max_response_tokens = 24
+    config.max_response_tokens = 20
 
     config.policy.source = "builtin:smollm2-135m-instruct"
     config.policy.train_last_layers = 10
@@ -22,8 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data.source = "docstrings"
     config.data.template = "{prompt}\n\nOne-sentence summary:"
-    config.data.max_prompt_tokens = 96
-    config.data.bucket = 96
+    config.data.max_prompt_tokens = 64
+    config.data.bucket = 64
+    config.data.heldout_fraction = 0.15
     config.data.batch_size = 8
 
     config.learner.learning_rate = 1e-4

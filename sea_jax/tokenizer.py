@@ -1,11 +1,14 @@
 """Text to token ids and back, through the tokenizer files of a Hugging Face directory."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without it the import advises to install PyTorch
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,8 @@ def test_rounding_at_the_edges_of_the_blocks_draws_no_impossible_token():
     logits[::2] = -np.inf  # every block of two begins with a token that must not be drawn
     edges = np.cumsum(special.softmax(logits))[1::2]
     uniforms = np.concatenate([edges + ulps * np.spacing(edges) for ulps in range(-3, 4)])
-    uniforms = jnp.asarray(uniforms[uniforms < 1], jnp.float32)
-    drawn = generation.draw(jnp.broadcast_to(jnp.asarray(logits), (len(uniforms), 300)), uniforms)
+    inside = jnp.asarray(uniforms[uniforms < 1], jnp.float32)
+    drawn = generation.draw(jnp.broadcast_to(jnp.asarray(logits), (len(inside), 300)), inside)
     assert np.isfinite(logits[np.asarray(drawn)]).all()
 
 

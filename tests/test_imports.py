@@ -17,7 +17,7 @@ LAYERS = [
     {"models", "losses", "ensemble", "sampling", "logprobs", "experience", "metrics"}
     | {"tokenizer", "builtin", "tiny_random", "cache", "docstrings"},
     {"generation", "learner", "oracles", "actors", "data", "features", "labelling"}
-    | {"checkpoint", "config", "console", "report"},
+    | {"checkpoint", "config", "console", "interrupts", "report"},
     {"agent"},
     {"wiring", "train", "evaluate", "sft", "fit"},
 ]

@@ -80,10 +80,11 @@ def assert_trees_equal(found: Any, expected: Any) -> None:
 def sequences(pairs: PreferenceBatch) -> tuple[np.ndarray, np.ndarray]:
     """Every prompt with every response, [2 B, LENGTH], and which positions predict a response token, [2 B, LENGTH]."""
     rows: list[list[int]] = []
+    responses, lengths = np.asarray(pairs.tokens), np.asarray(pairs.lengths)
     predicts = np.zeros((8, tiny.LENGTH), bool)
     for row, side in np.ndindex(4, 2):
         prompt = tiny.prompt_ids(pairs.prompts, row)
-        response = np.asarray(pairs.tokens)[row, side, : int(pairs.lengths[row, side])].tolist()
+        response = responses[row, side, : lengths[row, side]].tolist()
         predicts[len(rows), len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         rows.append(prompt + response)
     return tiny.fill(*rows), predicts
