@@ -25,9 +25,7 @@ def default() -> ml_collections.ConfigDict:
     config.max_queries = 50_000  # budget: pairs labelled by the oracle, exact (paper, App. F)
 
     config.policy = policy = ml_collections.ConfigDict()
-    policy.source = (
-        ""  # directory in Hugging Face format, hub name, builtin:NAME, cache:NAME, or random:CONFIG_DIRECTORY
-    )
+    policy.source = ""  # directory in Hugging Face format, hub name, builtin:NAME or cache:NAME
     policy.train_last_layers = 0  # train the last n layers and the last norm; 0 trains everything
     policy.dtype = "bfloat16"  # compute dtype; parameters and Adam's moments stay float32
 

@@ -212,11 +212,15 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
       config: this run's configuration.
 
     Raises:
-      ValueError: the work directory is another configuration's, or is a file.
+      ValueError: the work directory is another configuration's, or nobody can tell whose, or is a file.
     """
     saved = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file; name a directory")
+    if not saved.exists() and any((workdir / name).exists() for name in ("checkpoints", "queries.jsonl")):
+        raise ValueError(
+            f"--workdir={workdir} holds a run but no config.json to compare with; name another directory, or put it back"
+        )
     differing = configuration.differences(config, saved.read_text()) if saved.exists() else []
     if differing:
         raise ValueError(

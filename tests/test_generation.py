@@ -153,12 +153,16 @@ def test_one_program_per_shape(whole, prompts, padded, monkeypatch):
         traced.append(tokens.shape)
         return original(params, config, tokens, *args, **kwargs)
 
+    def trace(params: Params, prompts: Prompts, seed: int) -> None:
+        # Equal configurations, not the same ones: they are static arguments, told apart by their hash.
+        config, sampling = dataclasses.replace(tiny.CONFIG), dataclasses.replace(GREEDY, max_new_tokens=2)
+        generation.generate.lower(params, prompts, jax.random.key(seed), config=config, sampling=sampling)
+
     monkeypatch.setattr(decoder, "embed", counted)
-    sampling = dataclasses.replace(GREEDY, max_new_tokens=2)
     for seed in range(3):
-        generate(whole, prompts, sampling, seed)
-    generate(whole, padded, dataclasses.replace(sampling))
-    generate(tiny.params(1), prompts, dataclasses.replace(sampling))
+        trace(whole, prompts, seed)
+    trace(whole, padded, 0)
+    trace(tiny.params(1), prompts, 0)
     assert traced == [(3, 8), (3, 12)]
 
 

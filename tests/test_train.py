@@ -206,6 +206,11 @@ def another_run(directory: Path) -> dict[str, Any]:
     return {"loss__beta": 0.3}
 
 
+def a_run_of_nobody_knows_whom(directory: Path) -> dict[str, Any]:
+    (directory / "run" / "checkpoints").mkdir(parents=True)
+    return {}
+
+
 BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a field out of range": (lambda _: {"loss__beta": -1.0}, r"config.loss.beta=-1.0: must be a number above 0"),
     "one candidate": (lambda _: {"sampling__num_samples": 1}, r"config.sampling.num_samples=1: must be 2 or more"),
@@ -220,6 +225,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a tokenizer that does not fit": (a_tokenizer_with_more_ids, r"token ids up to 260.*vocabulary has 258"),
     "no such cached policy": (lambda _: {"policy__source": "cache:nowhere"}, r"cache:nowhere.*sea_jax.sft"),
     "a file as the work directory": (a_file, r"--workdir=.* is a file"),
+    "a run without its configuration": (a_run_of_nobody_knows_whom, r"--workdir=.* holds a run but no config.json"),
     "another run's work directory": (another_run, r"(?s)another configuration.*config.loss.beta.*config.seed: 7"),
 }
 
