@@ -8,7 +8,7 @@ from typing import cast
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without it the import advises to install PyTorch
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
