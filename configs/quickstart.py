@@ -26,12 +26,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.exploration.gamma = 1.0
     config.exploration.burn_in_queries = 0
-    config.exploration.planning_steps = 2
+    config.exploration.planning_steps = 1
     config.exploration.planning_after_queries = 48
 
     config.erm.feature_layer = 12
     config.erm.anchor_strength = 50.0  # at the paper's 0.5 the heads are far too sure of what few labels say
-    config.learner.learning_rate = 5e-5
+    config.learner.learning_rate = 1e-4
     config.learner.microbatch_size = 16
     config.learner.remat = False
     config.learner.warmup_fraction = 0.0
