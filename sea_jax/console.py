@@ -7,9 +7,12 @@ from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from sea_jax.experience import LedgerError
 from sea_jax.metrics import NotFiniteError
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 
 PACKAGE = str(Path(__file__).parent)
 QUOTES = "\"'\\"  # around the names in a KeyError's text

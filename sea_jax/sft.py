@@ -14,7 +14,6 @@ import ml_collections
 import numpy as np
 import optax
 from absl import logging
-from ml_collections import config_flags
 
 from sea_jax import cache, console, data, learner, metrics, wiring
 from sea_jax import config as configuration
@@ -24,8 +23,6 @@ from sea_jax.models import hf
 from sea_jax.models.config import ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Params, Prompts
-
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 
 RECIPE = "sea_jax_sft.json"  # in the output: the configuration that made it
 
@@ -201,7 +198,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
 
 def main() -> None:
     """Reads the flags and fine-tunes, unless the output holds the same model already."""
-    config = CONFIG.value
+    config = console.CONFIG.value
     configuration.validate(config)
     cache.keep_compiled_programs()
     output = cache.resolve(config.output)

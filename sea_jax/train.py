@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags, logging
-from ml_collections import config_flags
 
 from sea_jax import (
     actors,
@@ -32,7 +31,6 @@ from sea_jax import config as configuration
 from sea_jax.ensemble import EnsembleConfig
 from sea_jax.interrupts import Interrupts
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything the run writes; default runs/NAME-seedSEED.")
 
 
@@ -285,7 +283,7 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Reads the flags and trains."""
-    config = CONFIG.value
+    config = console.CONFIG.value
     cache.keep_compiled_programs()
     train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, config, learner, sft, wiring
+from sea_jax import cache, config, console, learner, sft, wiring
 from sea_jax.learner import LearnerConfig
 from sea_jax.types import Prompts
 
@@ -42,7 +42,7 @@ def configured(output: Path, **fields: Any) -> ml_collections.ConfigDict:
 
 
 def run_main(settings: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sft, "CONFIG", SimpleNamespace(value=settings))
+    monkeypatch.setattr(console, "CONFIG", SimpleNamespace(value=settings))
     sft.main()
 
 
