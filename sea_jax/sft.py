@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import logging
+from absl import flags, logging
 
 from sea_jax import cache, console, data, learner, metrics, wiring
 from sea_jax import config as configuration
@@ -23,6 +23,8 @@ from sea_jax.models import hf
 from sea_jax.models.config import ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Params, Prompts
+
+flags.adopt_module_key_flags(console)  # so that --help shows --config
 
 RECIPE = "sea_jax_sft.json"  # in the output: the configuration that made it
 

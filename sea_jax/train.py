@@ -31,6 +31,7 @@ from sea_jax import config as configuration
 from sea_jax.ensemble import EnsembleConfig
 from sea_jax.interrupts import Interrupts
 
+flags.adopt_module_key_flags(console)  # so that --help shows --config
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything the run writes; default runs/NAME-seedSEED.")
 
 
