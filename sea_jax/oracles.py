@@ -14,8 +14,8 @@ from sea_jax.types import Array, Judgement, Oracle, Preference
 Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # N prompts, N responses -> [N] float64
 Labels = Callable[[np.ndarray, Array], np.ndarray]  # P(first wins) [N], keys [N] -> label [N]
 
-ENCODER_BUCKET = 64  # tokens; texts are padded to a multiple of it
-ENCODER_BATCH = 64  # texts encoded at a time
+ENCODER_BUCKET = 32  # tokens; texts are padded to a multiple of it
+ENCODER_BATCH = 16  # texts encoded at a time, sorted by length so that short ones pay for short ones
 
 
 def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
