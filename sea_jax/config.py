@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,7 +134,7 @@ def default_sft() -> ml_collections.ConfigDict:
 
 Check = tuple[Callable[[Any], bool], str]
 
-POSITIVE: Check = (lambda v: v > 0, "a number above 0")
+POSITIVE: Check = (lambda v: 0 < v < math.inf, "a finite number above 0")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "0 or more")
 AT_LEAST_1: Check = (lambda v: v >= 1, "1 or more")
 FRACTION: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
@@ -186,7 +187,10 @@ RANGES: Mapping[str, Check] = {
     "erm.batch_size": AT_LEAST_1,
     "erm.replay_capacity": AT_LEAST_1,
     "loss.name": one_of_or_user(LOSSES),
-    "loss.beta": (lambda v: v is None or v > 0, "a number above 0, or None for the loss's own default"),
+    "loss.beta": (
+        lambda v: v is None or 0 < v < math.inf,
+        "a finite number above 0, or None for the loss's own default",
+    ),
     "loss.gamma_over_beta": (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
     "learner.learning_rate": POSITIVE,
     "learner.warmup_fraction": FRACTION,

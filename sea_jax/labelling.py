@@ -36,7 +36,8 @@ class Question:
 
     def entry(self) -> dict[str, Any]:
         """Returns the ledger's line, without the label."""
-        content = "\0".join((self.prompt_id, self.first, self.second))
+        labeller = "oracle" if self.erm_label is None else "erm"
+        content = "\0".join((self.prompt_id, self.first, self.second, labeller))
         return {
             "key": self.key,
             "step": self.step,
@@ -44,7 +45,7 @@ class Question:
             "first": self.first,
             "second": self.second,
             "digest": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "labeller": "oracle" if self.erm_label is None else "erm",
+            "labeller": labeller,
             "counted": self.erm_label is None,
         }
 
@@ -88,7 +89,7 @@ def _known(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None
     line = ledger.find(entry["key"])
     if line is not None and line["digest"] != entry["digest"]:
         raise LedgerError(
-            f"{ledger.path}: the line with key {entry['key']} labels another pair than the one this run came to: the "
+            f"{ledger.path}: the line with key {entry['key']} labels another pair, or for another labeller, than this run came to: the "
             "machine, a library or the data changed since the run was interrupted; go on where it ran, or start anew "
             "with another --workdir"
         )

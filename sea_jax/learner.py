@@ -27,7 +27,7 @@ class LearnerConfig:
     Attributes:
       learning_rate: peak.
       total_steps: policy steps over which the schedule runs.
-      warmup_fraction: share of the steps with a linear rise from 0.
+      warmup_fraction: share of the steps with a linear rise, the first step already above 0.
       final_fraction: the cosine ends at this share of the peak.
       b1: Adam's first decay.
       b2: Adam's second decay.

@@ -103,11 +103,13 @@ def bind(loss: Callable[..., Array], hyper_parameters: Mapping[str, Any]) -> Cal
       ValueError: a hyper-parameter is given that the loss does not take.
     """
     given = {name: value for name, value in hyper_parameters.items() if value is not None}
-    takes = [name for name in inspect.signature(loss).parameters][1:]
+    parameters = inspect.signature(loss).parameters
+    takes = list(parameters)[1:]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
-        if name not in takes:
+        if name not in takes and not takes_any:
             raise ValueError(
-                f"config.loss.{name}={given[name]}: the loss '{loss.__name__}' takes no such hyper-parameter; "
+                f"config.loss.{name}={given[name]}: the loss '{getattr(loss, '__name__', loss)}' takes no such hyper-parameter; "
                 f"it takes {', '.join(takes) or 'none'}"
             )
     return partial(loss, **given)

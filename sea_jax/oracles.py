@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from sea_jax import tokenizer
 from sea_jax.models import encoder, hf
@@ -95,7 +96,7 @@ def by_reward(reward: Reward, scale: float) -> Preference:
     def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
         rewards = reward([*prompts, *prompts], [*first, *second])
         count = len(prompts)
-        return 1 / (1 + np.exp(-scale * (rewards[:count] - rewards[count:])))
+        return expit(scale * (rewards[:count] - rewards[count:]))
 
     return preference
 

@@ -212,7 +212,7 @@ def a_run_of_nobody_knows_whom(directory: Path) -> dict[str, Any]:
 
 
 BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "a field out of range": (lambda _: {"loss__beta": -1.0}, r"config.loss.beta=-1.0: must be a number above 0"),
+    "a field out of range": (lambda _: {"loss__beta": -1.0}, r"config.loss.beta=-1.0: must be a finite number above 0"),
     "one candidate": (lambda _: {"sampling__num_samples": 1}, r"config.sampling.num_samples=1: must be 2 or more"),
     "no budget": (lambda _: {"max_queries": 0}, r"config.max_queries=0: must be 1 or more"),
     "an unknown rule": (lambda _: {"exploration__rule": "best"}, r"config.exploration.rule='best'.*bai_ts"),
