@@ -128,9 +128,6 @@ class Ledger:
             intact_bytes += len(line)
         self._file = path.open("ab")
         self._file.truncate(intact_bytes)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)  # a new file's name must survive a power cut as well as its lines
-        os.close(directory)
 
     def __enter__(self) -> "Ledger":
         return self

@@ -89,8 +89,8 @@ def _known(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None
     line = ledger.find(entry["key"])
     if line is not None and line["digest"] != entry["digest"]:
         raise LedgerError(
-            f"{ledger.path}: the line with key {entry['key']} labels another pair, or for another labeller, than this run came to: the "
-            "machine, a library or the data changed since the run was interrupted; go on where it ran, or start anew "
-            "with another --workdir"
+            f"{ledger.path}: the line with key {entry['key']} labels another pair than the one this run came to, or was for "
+            "another labeller: the machine, a library or the data changed since the run was interrupted; go on where it "
+            "ran, or start anew with another --workdir"
         )
     return line

@@ -108,8 +108,9 @@ def bind(loss: Callable[..., Array], hyper_parameters: Mapping[str, Any]) -> Cal
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
         if name not in takes and not takes_any:
+            called = getattr(loss, "__name__", loss)
             raise ValueError(
-                f"config.loss.{name}={given[name]}: the loss '{getattr(loss, '__name__', loss)}' takes no such hyper-parameter; "
+                f"config.loss.{name}={given[name]}: the loss '{called}' takes no such hyper-parameter; "
                 f"it takes {', '.join(takes) or 'none'}"
             )
     return partial(loss, **given)
