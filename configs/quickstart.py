@@ -1,7 +1,9 @@
 """SEA on a laptop: SmolLM2-135M learns one-sentence summaries of docstrings from a few hundred labels.
 
-python -m sea_jax.sft --config=configs/quickstart_sft.py      (once; about 3 minutes on 2 cores)
-python -m sea_jax.train --config=configs/quickstart.py        (about 6 minutes on 2 cores)
+python -m sea_jax.sft --config=configs/quickstart_sft.py      (once; about 2 minutes on 2 cores)
+python -m sea_jax.train --config=configs/quickstart.py        (about 5.5 minutes on 2 cores)
+
+Expected: win rate 0.50 at the start, about 0.65 after 128 queries and 0.82 after 256 (three seeds: 0.79, 0.84, 0.83).
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
 """The starting policy of the quickstart: SmolLM2-135M-Instruct, fine-tuned briefly to end after one sentence.
 
-python -m sea_jax.sft --config=configs/quickstart_sft.py      (about 3 minutes on 2 cores; a second call does nothing)
+python -m sea_jax.sft --config=configs/quickstart_sft.py      (about 2 minutes on 2 cores; a second call does nothing)
+
+Expected: the held-out loss falls from 3.8 to 3.0 nats per token.
 """
 
 import ml_collections
