@@ -94,15 +94,11 @@ class Evaluation:
 
     Attributes:
       records: the N held-out records.
-      heldout: the same as batches and masks.
-      texts: Candidates -> B lists of M texts.
       preference: the oracle's taste, free of noise.
       initial: the initial policy's greedy responses.
     """
 
     records: Sequence[Record]
-    heldout: HeldOut
-    texts: Texts
     preference: Preference
     initial: Responses
 

@@ -133,8 +133,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         # ------------------------------------------------------------------------------------------------------ Evaluation
         evaluation = evaluate.Evaluation(
             records=[one.record for one in heldout_prompts],
-            heldout=heldout,
-            texts=texts,
             preference=preference,
             initial=evaluate.greedy(greedy, texts, policy.reference, heldout),
         )
@@ -178,7 +176,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
                     row |= evaluated(state, writer)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
-                if state.step % config.checkpoint.every_steps == 0 or done or interrupts.requested:
+                if state.step % config.checkpoint.every_steps == 0 or done:
                     checkpoint.save(checkpoints, state.step, state)
                 idle_steps = 0 if state.queries > queries_before else idle_steps + 1
                 if idle_steps == MAX_IDLE_STEPS:
