@@ -60,11 +60,12 @@ class Tokenizer:
             self.backend.decode(plain_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False),
         )
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Returns a conversation in the model's chat template, ready for the assistant's turn.
+    def chat(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> str:
+        """Returns a conversation in the model's chat template.
 
         Args:
           messages: dicts of "role" ("system", "user" or "assistant") and "content".
+          generation_prompt: end with what stands before an answer of the assistant, so that it is to write one.
 
         Raises:
           ValueError: the tokenizer has no chat template.
@@ -75,7 +76,10 @@ class Tokenizer:
                 "tokenizer_config.json a chat_template"
             )
         turns = [dict(message) for message in messages]
-        return cast(str, self.backend.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return cast(
+            str,
+            self.backend.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt),
+        )
 
 
 def load(directory: Path) -> Tokenizer:

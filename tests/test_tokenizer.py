@@ -61,6 +61,13 @@ def test_a_chat_ends_where_the_assistant_begins(byte_tokenizer: Tokenizer) -> No
     )
 
 
+def test_a_chat_may_end_with_the_answer(byte_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "12"}]
+    assert byte_tokenizer.chat(messages, generation_prompt=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n12<|im_end|>\n"
+    )
+
+
 def test_a_chat_without_a_template_is_refused(beginning: Tokenizer) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         beginning.chat([{"role": "user", "content": "hi"}])

@@ -30,12 +30,13 @@ class ModelConfig:
       rope_scaling: how the frequencies are changed for longer sequences, None for not at all.
       tie_embeddings: whether the unembedding is the embedding.
       parallel_residual: whether the MLP reads the layer's input rather than the attention's output (GPT-NeoX).
-      attention_bias: whether q, k, v and o have biases.
+      attention_bias: whether q, k and v have biases, and o too except in Qwen2.
       mlp_bias: whether the matrices of the MLP have biases.
+      scalar_head: whether the last norm is followed by one score (a reward model) rather than by an unembedding.
       init_std: standard deviation of freshly drawn matrices.
     """
 
-    family: Literal["llama", "gpt_neox"]
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox"]
     vocab_size: int
     d_model: int
     num_layers: int
@@ -53,17 +54,28 @@ class ModelConfig:
     parallel_residual: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    scalar_head: bool = False
     init_std: float = 0.02
 
     @property
     def norm(self) -> Literal["rms", "layer"]:
-        """The norm of the family: root mean square for Llama, layer norm with a bias for GPT-NeoX."""
-        return "rms" if self.family == "llama" else "layer"
+        """The norm of the family: layer norm with a bias for GPT-NeoX, root mean square for Llama and its kin."""
+        return "layer" if self.family == "gpt_neox" else "rms"
 
     @property
     def gated_mlp(self) -> bool:
         """Whether the MLP multiplies its hidden features by a gate, as Llama's does."""
-        return self.family == "llama"
+        return self.family != "gpt_neox"
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether o has a bias."""
+        return self.attention_bias and self.family != "qwen2"
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether q and k are normed head by head before they are rotated, as Qwen3's are."""
+        return self.family == "qwen3"
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,63 @@ class EncoderConfig:
     init_std: float = 0.02
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
+@dataclass(frozen=True)
+class DebertaConfig:
+    """A DeBERTa-v2 or -v3 encoder; hashable, so that jit takes it as a static argument.
+
+    Attributes:
+      family: the model_type of its config.json, which v3 shares with v2.
+      vocab_size: V, tokens with an embedding.
+      d_model: d, features of a hidden state.
+      num_layers: L.
+      num_heads: heads; each has d_model / num_heads features.
+      d_ff: hidden features of the MLP.
+      activation: of the MLP, a key of layers.ACTIVATIONS.
+      norm_eps: added to the variance in norms.
+      max_positions: positions with an absolute embedding where there are any, so then the longest sequence in tokens.
+      absolute_positions: whether token embeddings get absolute positions added.
+      num_token_types: token types (sentences of a pair) with an embedding; 0 for none.
+      max_relative_positions: distance in tokens at which the buckets, or the embeddings of distances, end.
+      position_buckets: buckets to either side that share an embedding, logarithmic in the distance; 0: none share.
+      relative_terms: what attention adds for distances: content to position ("c2p"), position to content ("p2c").
+      share_projections: whether distances are projected by the matrices that project content.
+      norm_relative: whether the embeddings of distances pass a layer norm.
+      conv_width: tokens that a convolution beside the first layer sees, an odd number; 0 for no convolution.
+      conv_activation: of the convolution, a key of layers.ACTIVATIONS.
+      init_std: standard deviation of freshly drawn matrices.
+    """
+
+    family: Literal["deberta-v2"]
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_ff: int
+    activation: str
+    norm_eps: float
+    max_positions: int
+    absolute_positions: bool
+    num_token_types: int
+    max_relative_positions: int
+    position_buckets: int
+    relative_terms: tuple[str, ...]
+    share_projections: bool
+    norm_relative: bool
+    conv_width: int = 0
+    conv_activation: str = "tanh"
+    init_std: float = 0.02
+
+    @property
+    def relative_span(self) -> int:
+        """Distances to either side that have an embedding of their own."""
+        return self.position_buckets or self.max_relative_positions
+
+
+Config = ModelConfig | EncoderConfig | DebertaConfig
+"""The configuration of any model."""
+
+
+def from_hf(config: Mapping[str, Any]) -> Config:
     """Reads the fields of a Hugging Face config.json, of transformers 4 (rope_scaling) or 5 (rope_parameters) style.
 
     Args:
@@ -111,16 +179,19 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
     """
     model_type = config.get("model_type")
     match model_type:
-        case "llama":
-            return _llama(config)
+        case "llama" | "mistral" | "qwen2" | "qwen3":
+            return _llama(config, model_type)
         case "gpt_neox":
             return _gpt_neox(config)
         case "bert":
             return _bert(config)
-    raise ValueError(f"config.json field 'model_type' is {model_type!r}; supported are llama, gpt_neox and bert")
+        case "deberta-v2":
+            return _deberta(config)
+    known = "llama, mistral, qwen2, qwen3, gpt_neox, bert and deberta-v2"
+    raise ValueError(f"config.json field 'model_type' is {model_type!r}; supported are {known}")
 
 
-def to_hf(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
+def to_hf(config: Config) -> dict[str, Any]:
     """Writes the fields that transformers reads from a config.json, the inverse of `from_hf`.
 
     Args:
@@ -147,27 +218,51 @@ def to_hf(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
             "type_vocab_size": config.num_token_types,
             "position_embedding_type": "absolute",
         }
+    if isinstance(config, DebertaConfig):
+        return common | {
+            "architectures": ["DebertaV2Model"],
+            "layer_norm_eps": config.norm_eps,
+            "position_biased_input": config.absolute_positions,
+            "type_vocab_size": config.num_token_types,
+            "relative_attention": True,
+            "max_relative_positions": config.max_relative_positions,
+            "position_buckets": config.position_buckets or -1,
+            "pos_att_type": list(config.relative_terms),
+            "share_att_key": config.share_projections,
+            "norm_rel_ebd": "layer_norm" if config.norm_relative else "none",
+            "conv_kernel_size": config.conv_width,
+            "conv_act": config.conv_activation,
+        }
     scaling = _rope_scaling_to_hf(config)
     parameters: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"} | scaling
     if config.rope_fraction != 1.0 or config.family == "gpt_neox":
         parameters["partial_rotary_factor"] = config.rope_fraction
     common |= {"rope_parameters": parameters, "tie_word_embeddings": config.tie_embeddings}
-    common |= {"attention_bias": config.attention_bias}
+    common["architectures"] = [_CLASSES[config.family] + (_SCORE if config.scalar_head else "ForCausalLM")]
+    if config.scalar_head:
+        common |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     # Readers of the older style take rope_scaling alone where both stand, so it repeats everything.
     if scaling:
         common["rope_scaling"] = parameters
-    if config.family == "llama":
-        return common | {
-            "architectures": ["LlamaForCausalLM"],
+    if config.family != "gpt_neox":
+        common |= {
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "rms_norm_eps": config.norm_eps,
-            "mlp_bias": config.mlp_bias,
             "rope_theta": config.rope_theta,
         }
+    match config.family:
+        case "llama":
+            return common | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+        case "mistral":
+            return common | {"sliding_window": None}
+        case "qwen2":
+            return common | {"use_sliding_window": False}
+        case "qwen3":
+            return common | {"use_sliding_window": False, "attention_bias": config.attention_bias}
     return common | {
-        "architectures": ["GPTNeoXForCausalLM"],
         "layer_norm_eps": config.norm_eps,
+        "attention_bias": config.attention_bias,
         "use_parallel_residual": config.parallel_residual,
         "rotary_pct": config.rope_fraction,
         "rotary_emb_base": config.rope_theta,
@@ -199,11 +294,11 @@ def _size(config: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> int
     return value
 
 
-def _activation(config: Mapping[str, Any], default: str) -> str:
-    """The field hidden_act, one of the known activation functions."""
-    name = _field(config, "hidden_act", str, default)
+def _activation(config: Mapping[str, Any], default: str, field: str = "hidden_act") -> str:
+    """A field that names one of the known activation functions."""
+    name = _field(config, field, str, default)
     if name not in ACTIVATIONS:
-        raise ValueError(f"config.json field 'hidden_act' is {name!r}; supported are {', '.join(sorted(ACTIVATIONS))}")
+        raise ValueError(f"config.json field {field!r} is {name!r}; supported are {', '.join(sorted(ACTIVATIONS))}")
     return name
 
 
@@ -216,8 +311,66 @@ def _head_dim(d_model: int, num_heads: int) -> int:
     return d_model // num_heads
 
 
-def _llama(config: Mapping[str, Any]) -> ModelConfig:
-    """Llama 1 to 3.x, SmolLM and SmolLM2; defaults are those of transformers' LlamaConfig."""
+_CLASSES: Mapping[str, str] = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gpt_neox": "GPTNeoX",
+}
+_SCORE = "ForSequenceClassification"
+
+
+def _scalar_head(config: Mapping[str, Any], family: str) -> bool:
+    """Whether the architectures name a model with one label, a reward model, rather than with an unembedding."""
+    if _CLASSES[family] + _SCORE not in _field(config, "architectures", list, []):
+        return False
+    # transformers leaves id2label out where it has these, its default.
+    names = _field(config, "id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
+    labels = _field(config, "num_labels", int, len(names))
+    if labels != 1:
+        raise ValueError(
+            f"config.json field 'architectures' names {_CLASSES[family] + _SCORE} with {labels} labels (num_labels, or "
+            "id2label, or two without them); a reward model of one label is supported"
+        )
+    return True
+
+
+# What transformers assumes where the family's config.json leaves a field out, and LlamaConfig something else.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+        "head_dim": 128,
+    },
+}
+
+
+def _check_window(config: Mapping[str, Any], family: str, num_layers: int, max_positions: int) -> None:
+    """Refuses a sliding window of attention that some layer of the model would feel."""
+    window = _field(config, "sliding_window", int, None)
+    if family == "llama" or window is None or window >= max_positions:
+        return
+    remedy = "set sliding_window to null"
+    if family != "mistral":
+        kinds = _field(config, "layer_types", list, None)
+        sliding = "sliding_attention" in kinds if kinds else num_layers > _field(config, "max_window_layers", int, 28)
+        if not _field(config, "use_sliding_window", bool, False) or not sliding:
+            return
+        remedy = "set use_sliding_window to false and drop layer_types"
+    raise ValueError(
+        f"config.json field 'sliding_window' is {window}, below 'max_position_embeddings' {max_positions}; only full "
+        f"attention is supported: {remedy}, which is the same model for sequences of up to {window} tokens"
+    )
+
+
+def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2", "qwen3"]) -> ModelConfig:
+    """Llama 1 to 3.x, SmolLM, Mistral, Qwen2, Qwen2.5 and dense Qwen3, with the defaults of their classes."""
+    config = {**_DEFAULTS[family], **config}
     d_model, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     num_kv_heads = _size(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -231,12 +384,16 @@ def _llama(config: Mapping[str, Any]) -> ModelConfig:
     parameters = _rope_parameters(config, "rope_theta", "partial_rotary_factor", 1.0)
     fraction = _field(parameters, "partial_rotary_factor", float, 1.0)
     if fraction != 1.0 and parameters["rope_type"] != "proportional":
-        raise ValueError(f"config.json field 'partial_rotary_factor' is {fraction}; llama rotates whole heads (1.0)")
+        raise ValueError(f"config.json field 'partial_rotary_factor' is {fraction}; {family} rotates whole heads (1.0)")
+    num_layers = _size(config, "num_hidden_layers")
+    _check_window(config, family, num_layers, max_positions)
+    # Qwen2 and Mistral have no field for what they always and never have.
+    attention_bias = family == "qwen2" or (family != "mistral" and _field(config, "attention_bias", bool, False))
     return ModelConfig(
-        family="llama",
+        family=family,
         vocab_size=_size(config, "vocab_size"),
         d_model=d_model,
-        num_layers=_size(config, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -248,8 +405,9 @@ def _llama(config: Mapping[str, Any]) -> ModelConfig:
         rope_fraction=fraction,
         rope_scaling=_rope_scaling(config, parameters, head_dim, fraction, max_positions),
         tie_embeddings=_field(config, "tie_word_embeddings", bool, False),
-        attention_bias=_field(config, "attention_bias", bool, False),
-        mlp_bias=_field(config, "mlp_bias", bool, False),
+        attention_bias=attention_bias,
+        mlp_bias=family == "llama" and _field(config, "mlp_bias", bool, False),
+        scalar_head=_scalar_head(config, family),
         init_std=_field(config, "initializer_range", float, 0.02),
     )
 
@@ -280,6 +438,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> ModelConfig:
         parallel_residual=_field(config, "use_parallel_residual", bool, True),
         attention_bias=_field(config, "attention_bias", bool, True),
         mlp_bias=True,
+        scalar_head=_scalar_head(config, "gpt_neox"),
         init_std=_field(config, "initializer_range", float, 0.02),
     )
 
@@ -304,6 +463,62 @@ def _bert(config: Mapping[str, Any]) -> EncoderConfig:
         norm_eps=_field(config, "layer_norm_eps", float, 1e-12),
         max_positions=_size(config, "max_position_embeddings", 512),
         num_token_types=_size(config, "type_vocab_size", 2),
+        init_std=_field(config, "initializer_range", float, 0.02),
+    )
+
+
+def _deberta(config: Mapping[str, Any]) -> DebertaConfig:
+    """DeBERTa-v2 and -v3; defaults are those of transformers' DebertaV2Config and of the model that reads it."""
+    d_model, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = _head_dim(d_model, num_heads)
+    fixed = {"relative_attention": True, "attention_head_size": head_dim, "embedding_size": d_model, "conv_groups": 1}
+    for name, only in fixed.items():
+        found = _field(config, name, type(only), False if name == "relative_attention" else only)
+        if found != only:
+            raise ValueError(f"config.json field {name!r} is {found}; supported for this DeBERTa is {only}")
+    max_positions = _size(config, "max_position_embeddings", 512)
+    max_relative = _field(config, "max_relative_positions", int, -1)
+    max_relative = max_relative if max_relative >= 1 else max_positions
+    buckets = max(_field(config, "position_buckets", int, -1), 0)
+    if buckets == 1 or max_relative - 1 <= buckets // 2:
+        raise ValueError(
+            f"config.json field 'position_buckets' is {buckets}; it must be -1 or at least 2, and half of it less than "
+            f"the farthest distance {max_relative - 1} (max_relative_positions, or max_position_embeddings, less 1)"
+        )
+    # Older files hold the terms as one string.
+    terms = config.get("pos_att_type") or []
+    terms = terms.lower().split("|") if isinstance(terms, str) else _field(config, "pos_att_type", list, [])
+    terms = tuple(sorted({str(term).strip() for term in terms}))
+    if not set(terms) <= {"c2p", "p2c"}:
+        raise ValueError(f"config.json field 'pos_att_type' is {list(terms)}; supported are 'c2p' and 'p2c'")
+    norms = _field(config, "norm_rel_ebd", str, "none").lower()
+    if norms not in ("none", "layer_norm"):
+        raise ValueError(f"config.json field 'norm_rel_ebd' is {norms!r}; supported are 'none' and 'layer_norm'")
+    conv_width = _field(config, "conv_kernel_size", int, 0)
+    if conv_width < 0 or (conv_width and conv_width % 2 == 0):
+        raise ValueError(f"config.json field 'conv_kernel_size' is {conv_width}; supported are 0 and odd numbers")
+    num_token_types = _field(config, "type_vocab_size", int, 0)
+    if num_token_types < 0:
+        raise ValueError(f"config.json field 'type_vocab_size' is {num_token_types}; it must be at least 0")
+    return DebertaConfig(
+        family="deberta-v2",
+        vocab_size=_size(config, "vocab_size"),
+        d_model=d_model,
+        num_layers=_size(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        d_ff=_size(config, "intermediate_size"),
+        activation=_activation(config, "gelu"),
+        norm_eps=_field(config, "layer_norm_eps", float, 1e-7),
+        max_positions=max_positions,
+        absolute_positions=_field(config, "position_biased_input", bool, True),
+        num_token_types=num_token_types,
+        max_relative_positions=max_relative,
+        position_buckets=buckets,
+        relative_terms=terms,
+        share_projections=_field(config, "share_att_key", bool, False),
+        norm_relative=norms == "layer_norm",
+        conv_width=conv_width,
+        conv_activation=_activation(config, "tanh", "conv_act"),
         init_std=_field(config, "initializer_range", float, 0.02),
     )
 

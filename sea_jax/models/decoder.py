@@ -1,4 +1,4 @@
-"""A decoder for Llama and GPT-NeoX as pure functions over stacked layers, for prompts shared by many responses."""
+"""A decoder (Llama, Mistral, Qwen, GPT-NeoX) as pure functions over stacked layers, for prompts shared by many responses."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import normal, ones, zeros
 
-from sea_jax.models import rope
+from sea_jax.models import partition, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
 from sea_jax.models.parameters import Params, ParamSpec, initialise
@@ -47,8 +47,8 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
       cuts: layer numbers, ascending, at which the layers are divided into stacks; (20,) gives [0, 20) and [20, L).
 
     Returns:
-      {"embed": [V, d], "stacks": one dict of [n_i, ...] leaves per stack, "final_norm": {...}} and, where the
-      embeddings are not tied, "unembed": [V, d].
+      {"embed": [V, d], "stacks": one dict of [n_i, ...] leaves per stack, "final_norm": {...}} and "score": [d] in a
+      reward model, else "unembed": [V, d] where the embeddings are not tied.
 
     Raises:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
@@ -74,13 +74,16 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
             "q": matrix(n, d, q, ("embed", "heads"), config.attention_bias),
             "k": matrix(n, d, kv, ("embed", "kv_heads"), config.attention_bias),
             "v": matrix(n, d, kv, ("embed", "kv_heads"), config.attention_bias),
-            "o": matrix(n, q, d, ("heads", "embed"), config.attention_bias),
+            "o": matrix(n, q, d, ("heads", "embed"), config.output_bias),
             "mlp_norm": norm(n),
             "up": matrix(n, d, config.d_ff, ("embed", "mlp"), config.mlp_bias),
             "down": matrix(n, config.d_ff, d, ("mlp", "embed"), config.mlp_bias),
         }
         if config.gated_mlp:
             layers["gate"] = matrix(n, d, config.d_ff, ("embed", "mlp"), config.mlp_bias)
+        if config.head_norms:
+            scale = ParamSpec((n, config.head_dim), ("layers", None), ones)
+            layers |= {"q_norm": {"scale": scale}, "k_norm": {"scale": scale}}
         return layers
 
     table = ParamSpec((config.vocab_size, config.d_model), ("vocab", "embed"), weight)
@@ -89,7 +92,23 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
         "stacks": tuple(stack(high - low) for low, high in _stacks(cuts, config.num_layers)),
         "final_norm": norm(),
     }
+    if config.scalar_head:
+        return params | {"score": ParamSpec((config.d_model,), ("embed",), weight)}
     return params if config.tie_embeddings else params | {"unembed": table}
+
+
+def specs(config: ModelConfig, part: Params) -> Params:
+    """The ParamSpec of each parameter in a part of the tree, for their logical axes.
+
+    Args:
+      config: the decoder's configuration.
+      part: some entries of a tree like `abstract`'s, with any number of stacks.
+
+    Returns:
+      A tree of the part's structure; the shapes in its stacks are those of all layers in one.
+    """
+    one = abstract(config)
+    return {name: one[name] * len(part[name]) if name == "stacks" else one[name] for name in part}
 
 
 def init(config: ModelConfig, key: jax.Array, cuts: Sequence[int] = ()) -> Params:
@@ -164,7 +183,8 @@ def embed(
     Returns:
       The streams before the first layer.
     """
-    table = jnp.asarray(params["embed"])
+    # Looked up in float32, the gradients of a token that comes often are then summed in it.
+    table = partition.gathered(jnp.asarray(params["embed"]), abstract(config)["embed"], jnp.float32)
     responses = None if response_tokens is None else table[response_tokens].astype(dtype)
     return Streams(table[prompt_tokens].astype(dtype), responses, prompt_valid, responses_valid)
 
@@ -190,12 +210,12 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
       The streams after the stack, and the prompt's keys and values, each [n, B, KV heads, P, head_dim].
     """
     batch, prompt_length, d = streams.prompt.shape
-    prompt_rows = batch * prompt_length
-    rows = streams.prompt.reshape(prompt_rows, d)
+    tokens = streams.prompt
     lengths = longest = jnp.sum(streams.prompt_valid, axis=1)
     if streams.responses is not None and streams.responses_valid is not None:
         samples, steps = streams.responses.shape[1:3]
-        rows = jnp.concatenate([rows, streams.responses.reshape(-1, d)])
+        # Behind their prompt rather than behind all prompts, so that each device of a mesh has both of its own prompts.
+        tokens = jnp.concatenate([tokens, streams.responses.reshape(batch, -1, d)], axis=1)
         longest = lengths + jnp.max(jnp.sum(streams.responses_valid, axis=2), axis=1)
         positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(steps), (batch, 1, steps))
         response_rotations = rope.rotations(config, positions, longest)
@@ -203,23 +223,30 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
     prompt_rotations = rope.rotations(config, positions, longest)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
-        of_prompt = (part[:prompt_rows] for part in (q, k, v))
+        q, k, v = (rows.reshape(batch, -1, rows.shape[-1]) for rows in (q, k, v))
+        of_prompt = (part[:, :prompt_length] for part in (q, k, v))
         prompt_q, prompt_kv = _heads(config, (batch, prompt_length), prompt_rotations, *of_prompt)
         out = _attend_within(prompt_q, prompt_kv, streams.prompt_valid)
         if streams.responses is None:
             return out, prompt_kv
-        of_responses = (part[prompt_rows:] for part in (q, k, v))
+        of_responses = (part[:, prompt_length:] for part in (q, k, v))
         own_q, own_kv = _heads(config, (batch, samples, steps), response_rotations, *of_responses)
         causal = jnp.arange(steps) <= jnp.arange(steps)[:, None]
         out_responses = _attend_shared(own_q, prompt_kv, streams.prompt_valid, own_kv, causal)
-        return jnp.concatenate([out, out_responses]), prompt_kv
+        both = (out.reshape(batch, prompt_length, -1), out_responses.reshape(batch, samples * steps, -1))
+        return jnp.concatenate(both, axis=1).reshape(-1, out.shape[-1]), prompt_kv
+
+    layer_specs = abstract(config)["stacks"][0]
 
     def body(x: jax.Array, layer: Params) -> tuple[jax.Array, KV]:
-        return _layer(layer, config, x, attend)
+        rows = partition.constrain(x, "batch").reshape(-1, d)
+        rows, kept = _layer(partition.gathered(layer, layer_specs, x.dtype), config, rows, attend)
+        return rows.reshape(x.shape), kept
 
-    rows, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, rows, stack)
-    prompt = rows[:prompt_rows].reshape(streams.prompt.shape)
-    responses = None if streams.responses is None else rows[prompt_rows:].reshape(streams.responses.shape)
+    tokens, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, tokens, stack)
+    prompt, responses = tokens[:, :prompt_length], None
+    if streams.responses is not None:
+        responses = tokens[:, prompt_length:].reshape(streams.responses.shape)
     return Streams(prompt, responses, streams.prompt_valid, streams.responses_valid), kv
 
 
@@ -301,17 +328,20 @@ def decode(
 
     def body(x: jax.Array, layer: tuple[Params, KV, KV]) -> tuple[jax.Array, KV]:
         weights, layer_prompt_kv, layer_cache = layer
+        x = partition.constrain(x, "batch")
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
             new_q, new_kv = _heads(config, (batch, samples, 1), rotations, q, k, v)
             own_kv = _written(layer_cache, new_kv, step)
             return _attend_shared(new_q, layer_prompt_kv, prompt_valid, own_kv, written), new_kv
 
-        return _layer(weights, config, x, attend)
+        rows, kept = _layer(partition.gathered(weights, layer_specs, x.dtype), config, x.reshape(-1, d), attend)
+        return rows.reshape(x.shape), kept
 
-    x, new_kv = jax.lax.scan(body, hidden.reshape(-1, d), (stack, prompt_kv, cache))
+    layer_specs = abstract(config)["stacks"][0]
+    x, new_kv = jax.lax.scan(body, hidden, (stack, prompt_kv, cache))
     # Written once for all layers: a cache that the scan over layers returned would be copied whole at every step.
-    return x.reshape(hidden.shape), _written(cache, new_kv, step)
+    return x, _written(cache, new_kv, step)
 
 
 def _written(cache: KV, new: KV, step: jax.Array) -> KV:
@@ -333,13 +363,21 @@ def _layer(
 ) -> tuple[jax.Array, KV]:
     """One layer over tokens [N, d]; `attend` mixes tokens, given their q, k and v, and says what to keep of them."""
     normed = _norm(x, layer["attention_norm"], config)
-    out, kept = attend(linear(normed, layer["q"]), linear(normed, layer["k"]), linear(normed, layer["v"]))
+    q, k, v = (linear(normed, layer[name]) for name in ("q", "k", "v"))
+    if config.head_norms:
+        q, k = _norm_heads(q, layer["q_norm"], config), _norm_heads(k, layer["k_norm"], config)
+    out, kept = attend(q, k, v)
     attended = x + linear(out, layer["o"])
     normed = _norm(x if config.parallel_residual else attended, layer["mlp_norm"], config)
     inner = ACTIVATIONS[config.activation](linear(normed, layer["gate" if config.gated_mlp else "up"]))
     if config.gated_mlp:
         inner = inner * linear(normed, layer["up"])
     return attended + linear(inner, layer["down"]), kept
+
+
+def _norm_heads(rows: jax.Array, weights: Params, config: ModelConfig) -> jax.Array:
+    """The family's norm over each head's features of rows [N, H h]."""
+    return _norm(rows.reshape(len(rows), -1, config.head_dim), weights, config).reshape(rows.shape)
 
 
 def _heads(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal, ones, zeros
 
+from sea_jax.models import partition
 from sea_jax.models.config import EncoderConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
 from sea_jax.models.parameters import Params, ParamSpec, initialise
@@ -105,7 +106,11 @@ def apply(
     # Finite, so that a row without a valid token still gets finite numbers.
     bias = jnp.where(valid, 0.0, -1e30)[:, None, None, :]
 
+    layer_specs = abstract(config)["stacks"][0]
+
     def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        layer = partition.gathered(layer, layer_specs, x.dtype)
+        x = partition.constrain(x, "batch")
         q, k, v = (linear(x, layer[name]).reshape(batch, length, config.num_heads, -1) for name in ("q", "k", "v"))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(dtype)

@@ -15,12 +15,20 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from sea_jax.models import config as configs
-from sea_jax.models import decoder, encoder, gguf, names, stored
-from sea_jax.models.config import EncoderConfig, ModelConfig
+from sea_jax.models import deberta, decoder, encoder, gguf, names, stored
+from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.parameters import Params
 from sea_jax.models.stored import Stored
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spm.model",
+    "*.jinja",
+)
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Place = tuple[int | None, str]
@@ -33,13 +41,32 @@ class Loaded:
 
     Attributes:
       config: its configuration.
-      params: its parameters as float32 numpy arrays, see `decoder.abstract` and `encoder.abstract`.
+      params: its parameters as float32 numpy arrays, see `abstract`.
       directory: where its files lie, those of its tokenizer too.
     """
 
-    config: ModelConfig | EncoderConfig
+    config: Config
     params: Params
     directory: Path
+
+
+def abstract(config: Config, cuts: Sequence[int] = ()) -> Params:
+    """The parameter tree of any model with a ParamSpec for every leaf.
+
+    Args:
+      config: the model's configuration.
+      cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
+
+    Returns:
+      What `abstract` of the module for this kind of model returns.
+    """
+    match config:
+        case ModelConfig():
+            return decoder.abstract(config, cuts)
+        case EncoderConfig():
+            return encoder.abstract(config)
+        case DebertaConfig():
+            return deberta.abstract(config)
 
 
 def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
@@ -61,15 +88,14 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
     """
     directory = _directory(source)
     config = read_config(directory)
-    if isinstance(config, EncoderConfig) and cuts:
+    if cuts and not isinstance(config, ModelConfig):
         raise ValueError(f"cuts {tuple(cuts)} divide the layers of a decoder, but {directory} holds an encoder")
-    abstract = decoder.abstract(config, cuts) if isinstance(config, ModelConfig) else encoder.abstract(config)
-    params = jax.tree.map(lambda spec: np.empty(spec.shape, np.float32), abstract)
+    params = jax.tree.map(lambda spec: np.empty(spec.shape, np.float32), abstract(config, cuts))
     _fill(params, config, _tensors(directory, config), directory)
     return Loaded(config, params, directory)
 
 
-def read_config(source: str | Path) -> ModelConfig | EncoderConfig:
+def read_config(source: str | Path) -> Config:
     """Reads the configuration of a model, without its weights.
 
     Args:
@@ -87,7 +113,7 @@ def read_config(source: str | Path) -> ModelConfig | EncoderConfig:
 
 def save(
     directory: str | Path,
-    config: ModelConfig | EncoderConfig,
+    config: Config,
     params: Params,
     tokenizer_files_from: str | Path | None = None,
 ) -> None:
@@ -169,7 +195,7 @@ def _json(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _tensors(directory: Path, config: ModelConfig | EncoderConfig) -> dict[str, Stored]:
+def _tensors(directory: Path, config: Config) -> dict[str, Stored]:
     """The tensors of a directory by the names of Hugging Face checkpoints."""
     if found := stored.safetensors(directory):
         return found
@@ -192,6 +218,9 @@ def _places(params: Params) -> dict[Place, np.ndarray]:
     """Every parameter of every layer as a view of the leaf it is a part of."""
     outer = {name: value for name, value in params.items() if name != "stacks"}
     places: dict[Place, np.ndarray] = {(None, path): leaf for path, leaf in flatten_dict(outer, sep="/").items()}
+    if "score" in params:
+        # In a checkpoint it is a matrix with one row, that of the one label.
+        places[None, "score"] = params["score"][None]
     first = 0
     for stack in params["stacks"]:
         leaves = flatten_dict(stack, sep="/")
@@ -201,7 +230,7 @@ def _places(params: Params) -> dict[Place, np.ndarray]:
     return places
 
 
-def _named(config: ModelConfig | EncoderConfig, places: Mapping[Place, Any]) -> dict[str, tuple[Place, ...]]:
+def _named(config: Config, places: Mapping[Place, Any]) -> dict[str, tuple[Place, ...]]:
     """The tensors that hold the parameters, each with the places of what it holds."""
     whole = names.layout(config.family, config.num_layers)
     return {name: holds for name, holds in whole.items() if all(place in places for place in holds)}
@@ -214,7 +243,7 @@ def _stored_shape(holds: Sequence[Place], places: Mapping[Place, np.ndarray]) ->
     return (len(holds) * shape[0], *shape[1:])
 
 
-def _fill(params: Params, config: ModelConfig | EncoderConfig, tensors: Mapping[str, Stored], directory: Path) -> None:
+def _fill(params: Params, config: Config, tensors: Mapping[str, Stored], directory: Path) -> None:
     """Reads every tensor into its place, having checked that tensors and parameters match one to one."""
     places = _places(params)
     expected = _named(config, places)
@@ -223,7 +252,8 @@ def _fill(params: Params, config: ModelConfig | EncoderConfig, tensors: Mapping[
     for name in sorted(set(given) - set(expected)):
         if names.FAMILIES[config.family].ignored.fullmatch(name):
             continue
-        if names.FAMILIES[config.family].outer.get(name) == ("unembed",):
+        tied = isinstance(config, ModelConfig) and config.tie_embeddings
+        if tied and names.FAMILIES[config.family].outer.get(name) == ("unembed",):
             _check_tied(name, given, expected)
             continue
         raise ValueError(f"tensor {name!r} in {given[name].path} has no place in {model}; is the config.json its own?")
@@ -253,10 +283,9 @@ def _check_tied(name: str, given: Mapping[str, Stored], expected: Mapping[str, t
         )
 
 
-def _to_tensors(config: ModelConfig | EncoderConfig, params: Params) -> dict[str, np.ndarray]:
+def _to_tensors(config: Config, params: Params) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint, from parameters that must be those of the configuration."""
-    abstract = decoder.abstract(config) if isinstance(config, ModelConfig) else encoder.abstract(config)
-    specs = _places(jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), abstract))
+    specs = _places(jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), abstract(config)))
     places = _places(jax.tree.map(np.asarray, params))
     for place in sorted(set(specs) ^ set(places), key=str):
         found, wanted = ("it is", "not in") if place in places else ("it is not", "in")

@@ -32,6 +32,7 @@ _LLAMA = Names(
         "model.embed_tokens.weight": ("embed",),
         "model.norm.weight": ("final_norm/scale",),
         "lm_head.weight": ("unembed",),
+        "score.weight": ("score",),
     },
     layer_prefix="model.layers.",
     layer={
@@ -44,6 +45,8 @@ _LLAMA = Names(
         "self_attn.v_proj.bias": ("v/bias",),
         "self_attn.o_proj.weight": ("o/kernel",),
         "self_attn.o_proj.bias": ("o/bias",),
+        "self_attn.q_norm.weight": ("q_norm/scale",),
+        "self_attn.k_norm.weight": ("k_norm/scale",),
         "post_attention_layernorm.weight": ("mlp_norm/scale",),
         "mlp.gate_proj.weight": ("gate/kernel",),
         "mlp.gate_proj.bias": ("gate/bias",),
@@ -62,6 +65,7 @@ _GPT_NEOX = Names(
         "gpt_neox.final_layer_norm.weight": ("final_norm/scale",),
         "gpt_neox.final_layer_norm.bias": ("final_norm/bias",),
         "embed_out.weight": ("unembed",),
+        "score.weight": ("score",),
     },
     layer_prefix="gpt_neox.layers.",
     layer={
@@ -117,8 +121,63 @@ _BERT = Names(
     spellings=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
 )
 
-FAMILIES: Mapping[str, Names] = {"llama": _LLAMA, "gpt_neox": _GPT_NEOX, "bert": _BERT}
-"""The names of each family, by ModelConfig.family or EncoderConfig.family."""
+_DEBERTA = Names(
+    outer={
+        "embeddings.word_embeddings.weight": ("embed/word",),
+        "embeddings.position_embeddings.weight": ("embed/position",),
+        "embeddings.token_type_embeddings.weight": ("embed/token_type",),
+        "embeddings.LayerNorm.weight": ("embed_norm/scale",),
+        "embeddings.LayerNorm.bias": ("embed_norm/bias",),
+        "encoder.rel_embeddings.weight": ("relative",),
+        "encoder.LayerNorm.weight": ("relative_norm/scale",),
+        "encoder.LayerNorm.bias": ("relative_norm/bias",),
+        "encoder.conv.conv.weight": ("conv/kernel",),
+        "encoder.conv.conv.bias": ("conv/bias",),
+        "encoder.conv.LayerNorm.weight": ("conv_norm/scale",),
+        "encoder.conv.LayerNorm.bias": ("conv_norm/bias",),
+    },
+    layer_prefix="encoder.layer.",
+    layer={
+        "attention.self.query_proj.weight": ("q/kernel",),
+        "attention.self.query_proj.bias": ("q/bias",),
+        "attention.self.key_proj.weight": ("k/kernel",),
+        "attention.self.key_proj.bias": ("k/bias",),
+        "attention.self.value_proj.weight": ("v/kernel",),
+        "attention.self.value_proj.bias": ("v/bias",),
+        "attention.self.pos_query_proj.weight": ("relative_q/kernel",),
+        "attention.self.pos_query_proj.bias": ("relative_q/bias",),
+        "attention.self.pos_key_proj.weight": ("relative_k/kernel",),
+        "attention.self.pos_key_proj.bias": ("relative_k/bias",),
+        "attention.output.dense.weight": ("o/kernel",),
+        "attention.output.dense.bias": ("o/bias",),
+        "attention.output.LayerNorm.weight": ("attention_norm/scale",),
+        "attention.output.LayerNorm.bias": ("attention_norm/bias",),
+        "intermediate.dense.weight": ("up/kernel",),
+        "intermediate.dense.bias": ("up/bias",),
+        "output.dense.weight": ("down/kernel",),
+        "output.dense.bias": ("down/bias",),
+        "output.LayerNorm.weight": ("mlp_norm/scale",),
+        "output.LayerNorm.bias": ("mlp_norm/bias",),
+    },
+    # Heads stand after the hidden states that the encoder returns; some checkpoints kept positions that are not added.
+    ignored=re.compile(
+        r"embeddings\.(position_ids|position_embeddings\.weight)"
+        r"|(pooler|classifier|cls|lm_predictions|mask_predictions|head_layer)\..*"
+    ),
+    # Saved with a head on top, the second one by PairRM (https://arxiv.org/abs/2306.02561).
+    spellings=((r"^(deberta|pretrained_model)\.", ""),),
+)
+
+FAMILIES: Mapping[str, Names] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt_neox": _GPT_NEOX,
+    "bert": _BERT,
+    "deberta-v2": _DEBERTA,
+}
+"""The names of each family, by the family of a configuration."""
 
 
 def canonical(family: str, tensor: str) -> str:

@@ -19,6 +19,10 @@ LLAMA = {
 }
 NEOX = LLAMA | {"model_type": "gpt_neox"}
 BERT = LLAMA | {"model_type": "bert"}
+MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
+QWEN3 = QWEN2 | {"model_type": "qwen3"}
+REWARD = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
 
 
 def test_defaults_of_llama() -> None:
@@ -48,6 +52,37 @@ def test_defaults_of_gpt_neox() -> None:
     assert config.mlp_bias
 
 
+def test_defaults_of_mistral_and_qwen() -> None:
+    mistral, qwen2, qwen3 = map(configs.from_hf, (MISTRAL, QWEN2, QWEN3))
+    assert isinstance(mistral, ModelConfig)
+    assert isinstance(qwen2, ModelConfig)
+    assert isinstance(qwen3, ModelConfig)
+    assert [c.max_positions for c in (mistral, qwen2, qwen3)] == [131_072, 32_768, 32_768]
+    assert [c.head_dim for c in (mistral, qwen2, qwen3)] == [6, 6, 128]
+    assert [(c.attention_bias, c.output_bias) for c in (mistral, qwen2, qwen3)] == [
+        (False, False),
+        (True, False),
+        (False, False),
+    ]
+    with pytest.raises(ValueError, match="not a multiple of 'num_key_value_heads' 8"):
+        configs.from_hf({name: value for name, value in MISTRAL.items() if name != "num_key_value_heads"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "scalar"),
+    [
+        ({}, False),
+        (REWARD, True),
+        ({"architectures": REWARD["architectures"], "num_labels": 1}, True),
+        ({"architectures": ["LlamaForCausalLM"], "id2label": {"0": "LABEL_0"}}, False),
+    ],
+)
+def test_a_scalar_head_is_known_by_the_architecture(fields: dict[str, Any], scalar: bool) -> None:
+    config = configs.from_hf(LLAMA | fields)
+    assert isinstance(config, ModelConfig)
+    assert config.scalar_head == scalar
+
+
 def test_rope_of_the_older_and_the_newer_style_agree() -> None:
     older = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
     newer = LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
@@ -73,9 +108,11 @@ def test_rope_of_the_older_and_the_newer_style_agree() -> None:
 def test_written_and_read_again(scaling: rope.RopeScaling | None) -> None:
     llama = configs.from_hf(LLAMA | {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True})
     neox = configs.from_hf(NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False})
-    for config in (llama, neox):
+    fields = (MISTRAL, QWEN2, QWEN3 | {"head_dim": 6, "attention_bias": True})
+    others = map(configs.from_hf, fields)
+    for config in (llama, neox, *others):
         assert isinstance(config, ModelConfig)
-        scaled = replace(config, rope_scaling=scaling, rope_theta=123.0)
+        scaled = replace(config, rope_scaling=scaling, rope_theta=123.0, scalar_head=scaling is None)
         assert configs.from_hf(configs.to_hf(scaled)) == scaled
 
 
@@ -94,7 +131,7 @@ def test_configs_are_hashable() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mamba"}, "'model_type' is 'mamba'; supported are llama, gpt_neox and bert"),
+        ({"model_type": "mamba"}, "'model_type' is 'mamba'; supported are llama, .* and deberta-v2"),
         ({"model_type": None}, "'model_type' is None"),
         (LLAMA | {"vocab_size": None}, "no field 'vocab_size'"),
         (LLAMA | {"vocab_size": "100"}, "'vocab_size' is '100'; it must be of type int"),
@@ -115,6 +152,20 @@ def test_configs_are_hashable() -> None:
         (LLAMA | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'short_factor' has 1 numbers; 3 are"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one rule for all layers"),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "more than 2 rotated features"),
+        (
+            {name: value for name, value in MISTRAL.items() if name != "sliding_window"},
+            "'sliding_window' is 4096, below 'max_position_embeddings' 131072; .*set sliding_window to null",
+        ),
+        (
+            QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1},
+            "'sliding_window' is 512, .*set use_sliding_window to false .*sequences of up to 512 tokens",
+        ),
+        (LLAMA | {"architectures": REWARD["architectures"]}, "LlamaForSequenceClassification with 2 labels"),
+        (LLAMA | REWARD | {"num_labels": 2}, "with 2 labels"),
+        (
+            NEOX | {"architectures": ["GPTNeoXForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}},
+            "GPTNeoXForSequenceClassification with 3 labels",
+        ),
         (BERT | {"position_embedding_type": "relative_key"}, "'position_embedding_type' is 'relative_key'"),
         (BERT | {"is_decoder": True}, "'is_decoder' is True"),
     ],

@@ -13,9 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sea_jax import builtin
-from sea_jax.models import config as configs
 from sea_jax.models import decoder, hf, names
-from sea_jax.models.config import ModelConfig
 from tests import tiny
 
 CONFIG = replace(tiny.CONFIG, attention_bias=True)
@@ -41,11 +39,13 @@ def _change_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], A
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
 def test_saved_and_loaded_again(family: Any, cuts: tuple[int, ...], tmp_path: Path) -> None:
     config = CONFIG
     if family == "gpt_neox":
         config = replace(CONFIG, family=family, num_kv_heads=4, mlp_bias=True, tie_embeddings=False)
+    if family == "qwen3":
+        config = replace(CONFIG, family=family, scalar_head=True)
     params = tiny.draw(decoder.abstract(config, (2,)), seed=1)
     hf.save(tmp_path / "model", config, jax.device_put(params))
     loaded = hf.load(str(tmp_path / "model"), cuts=cuts)
@@ -282,10 +282,29 @@ def test_save_refuses_parameters_of_another_configuration(tmp_path: Path) -> Non
 def test_layouts_and_abstract_trees_name_the_same_parameters() -> None:
     config = replace(CONFIG, mlp_bias=True, tie_embeddings=False)
     neox = replace(config, family="gpt_neox", num_kv_heads=4)
-    for decoder_config in (config, neox):
-        assert isinstance(configs.from_hf(configs.to_hf(decoder_config)), ModelConfig)
-        held = {place for holds in names.layout(decoder_config.family, 3).values() for place in holds}
-        assert held == set(hf._places(tiny.draw(decoder.abstract(decoder_config), seed=0)))
+    # Every name is that of a parameter in one of the models that share the layout.
+    qwen3 = replace(config, family="qwen3", scalar_head=True)
+    for shared in ([config, qwen3], [neox, replace(neox, scalar_head=True)]):
+        places = [set(hf._places(tiny.draw(decoder.abstract(one), seed=0))) for one in shared]
+        held = {place for holds in names.layout(shared[0].family, 3).values() for place in holds}
+        assert held == places[0] | places[1]
+
+
+def test_a_reward_model_has_a_score_and_no_unembedding(tmp_path: Path) -> None:
+    config = replace(CONFIG, scalar_head=True, tie_embeddings=False)
+    hf.save(tmp_path / "model", config, tiny.draw(decoder.abstract(config), seed=0))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert tensors["score.weight"].shape == (1, CONFIG.d_model)
+    assert "lm_head.weight" not in tensors
+    _change_tensors(tmp_path / "model", lambda tensors: tensors.update({"score.weight": np.ones((2, 16), np.float32)}))
+    with pytest.raises(ValueError, match=r"'score.weight' .* has shape \(2, 16\), expected \(1, 16\)"):
+        hf.load(tmp_path / "model")
+    _change_tensors(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": tensors["score.weight"]}))
+    with pytest.raises(ValueError, match=r"'lm_head.weight' in .* has no place in a llama"):
+        hf.load(tmp_path / "model")
+    _change_config(tmp_path / "model", architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match=r"'score.weight' in .* has no place in a llama"):
+        hf.load(tmp_path / "model")
 
 
 def test_other_spellings_of_names() -> None:

@@ -75,8 +75,22 @@ NEOXES: dict[str, dict[str, Any]] = {
     },
     "odd rotation": {"num_attention_heads": 2, "rotary_pct": 0.3, "hidden_act": "gelu_fast"},
 }
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mistral, wide heads": (tiny_torch.mistral, {"head_dim": 10, "rms_norm_eps": 1e-2}),
+    "mistral, a window as long as a text": (tiny_torch.mistral, {"sliding_window": 64}),
+    "qwen2, tied, yarn": (
+        tiny_torch.qwen2,
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0},
+        },
+    ),
+    "qwen3": (tiny_torch.qwen3, {"rms_norm_eps": 1e-2}),
+    "qwen3, one key head, biases": (tiny_torch.qwen3, {"num_key_value_heads": 1, "attention_bias": True}),
+}
 FAMILIES = [pytest.param(tiny_torch.llama, fields, id=f"llama, {name}") for name, fields in LLAMAS.items()]
 FAMILIES += [pytest.param(tiny_torch.gpt_neox, fields, id=f"neox, {name}") for name, fields in NEOXES.items()]
+FAMILIES += [pytest.param(*given, id=name) for name, given in OTHERS.items()]
 
 
 _run_stack = jax.jit(decoder.run_stack, static_argnums=1)
@@ -157,6 +171,7 @@ def _greedy(params: Params, config: ModelConfig, prompt: jax.Array, valid: jax.A
     [
         pytest.param(tiny_torch.llama(num_attention_heads=6, num_key_value_heads=2), id="llama"),
         pytest.param(tiny_torch.gpt_neox(), id="neox"),
+        pytest.param(tiny_torch.qwen3(), id="qwen3"),
     ],
 )
 def test_greedy_text_is_that_of_generate(model: Any, tmp_path: Path) -> None:
@@ -176,6 +191,43 @@ def test_greedy_text_is_that_of_generate(model: Any, tmp_path: Path) -> None:
     found = _greedy(loaded.params, loaded.config, jnp.asarray(prompt), jnp.asarray(valid), steps)
     assert len(np.unique(found)) > 2  # a constant answer would show little
     np.testing.assert_array_equal(found, expected[:, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("make", "window"),
+    [
+        (tiny_torch.mistral, {"sliding_window": 15}),
+        (tiny_torch.mistral, {"sliding_window": 16}),
+        (tiny_torch.mistral, {"sliding_window": None}),
+        (tiny_torch.qwen2, {"use_sliding_window": False, "sliding_window": 4}),
+        (tiny_torch.qwen2, {"use_sliding_window": True, "sliding_window": 4}),
+        (tiny_torch.qwen2, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        (tiny_torch.qwen2, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+        (tiny_torch.qwen3, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}),
+        (
+            tiny_torch.qwen3,
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+def test_a_window_is_refused_if_and_only_if_attention_is_cut_by_it(
+    make: Any, window: dict[str, Any], tmp_path: Path
+) -> None:
+    windowed = make(max_position_embeddings=16, **window)
+    plain = make(max_position_embeddings=16, sliding_window=None)
+    plain.load_state_dict(windowed.state_dict())
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        cut = not torch.allclose(windowed(tokens).logits, plain(tokens).logits, atol=1e-6)
+    if cut:
+        with pytest.raises(ValueError, match=r"'sliding_window' is \d+, below 'max_position_embeddings' 16; .* set "):
+            tiny_torch.handed_over(windowed, tmp_path)
+    else:
+        tiny_torch.handed_over(windowed, tmp_path)
 
 
 def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any]]:

@@ -43,6 +43,13 @@ MODELS = {
         max_position_embeddings=4,
         rope_parameters={"rope_type": "dynamic", "factor": 4.0, "partial_rotary_factor": 1.0},
     ),
+    "mistral": lambda: tiny_torch.mistral(head_dim=10),
+    "qwen2": lambda: tiny_torch.qwen2(rope_theta=50.0),
+    "qwen2, tied": lambda: tiny_torch.qwen2(tie_word_embeddings=True),
+    "qwen3": lambda: tiny_torch.qwen3(attention_bias=True),
+    "llama, reward": lambda: tiny_torch.llama_reward(),
+    "neox, reward": lambda: tiny_torch.gpt_neox_reward(),
+    "qwen3, reward": lambda: tiny_torch.qwen3_reward(),
     "bert": lambda: tiny_torch.bert(layer_norm_eps=1e-3),
 }
 
@@ -68,6 +75,8 @@ def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
     assert not missing
     assert not report["unexpected_keys"]
     np.testing.assert_array_equal(_outputs(again.eval()), _outputs(model))
+    fields = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert fields["architectures"] == [type(model).__name__]
 
 
 def test_layers_saved_from_several_stacks_keep_their_order(tmp_path: Path) -> None:

@@ -1,0 +1,189 @@
+"""Where parameters and activations lie on a mesh, by the logical names of their axes; without a mesh nothing is done.
+
+The mesh is the one of `jax.set_mesh`, its axes are "data", "fsdp" and "tensor". Batches are divided over the first two,
+so that each of their devices works on prompts of its own; parameters over the last two: a layer's are gathered over
+"fsdp" where they are used (https://arxiv.org/abs/2304.11277), and never over "tensor" (https://arxiv.org/abs/1909.08053).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sea_jax.models.parameters import Params, ParamSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+"""Logical axis -> the mesh axes that divide it; an axis that is not here is whole on every device."""
+
+Axes = Sequence[str | None]
+
+
+def spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Returns how an array is divided over a mesh.
+
+    Args:
+      axes: a logical name, or None, for each axis of the array.
+      shape: of the array.
+      sizes: devices along each mesh axis.
+
+    Returns:
+      PartitionSpec; an axis that its mesh axes do not divide evenly stays whole.
+    """
+
+    def of_axis(axis: str | None, size: int) -> tuple[str, ...] | None:
+        names = RULES.get(axis or "", ())
+        count = math.prod(sizes[name] for name in names)
+        return names if count > 1 and size % count == 0 else None
+
+    return PartitionSpec(*(of_axis(axis, size) for axis, size in zip(axes, shape, strict=True)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fixes, inside jit, how an array is divided over the mesh.
+
+    Args:
+      x: any array.
+      axes: logical names of its first axes; those that are left out are whole.
+
+    Returns:
+      The same array.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    named = (*axes, *(None,) * (x.ndim - len(axes)))
+    return jax.lax.with_sharding_constraint(x, spec(named, x.shape, mesh.shape))
+
+
+def batches(tree: Any) -> Any:
+    """Divides the first axis of every array of a tree as batches are.
+
+    Args:
+      tree: arrays [B, ...].
+
+    Returns:
+      The same tree.
+    """
+    return jax.tree.map(lambda x: constrain(x, "batch"), tree)
+
+
+def whole(tree: Any) -> Any:
+    """Puts every array of a tree whole on every device, for the host to read.
+
+    Args:
+      tree: arrays.
+
+    Returns:
+      The same tree.
+    """
+    return jax.tree.map(constrain, tree)
+
+
+def gathered(params: Any, specs: Any, dtype: Any) -> Any:
+    """Gathers parameters over "fsdp" for their use; their gradients are scattered again.
+
+    Args:
+      params: one layer's, or any other part.
+      specs: ParamSpec of each, whose axes may begin with a "layers" that the parameters do not have.
+      dtype: of matrices; they are cast before they travel.
+
+    Returns:
+      The parameters, matrices in `dtype`.
+    """
+
+    def gather(x: jax.Array, one: ParamSpec) -> jax.Array:
+        axes = one.axes[len(one.axes) - x.ndim :]
+        # Two constraints: the gradient passes them in reverse and so ends divided as the parameter is.
+        divided = constrain(x, *axes)
+        divided = divided.astype(dtype) if x.ndim > 1 else divided
+        return constrain(divided, *(None if axis == "embed" else axis for axis in axes))
+
+    return jax.tree.map(gather, params, specs)
+
+
+def as_stored(params: Params, specs: Params) -> Params:
+    """Divides parameters, or what is shaped like them, as they are kept between steps.
+
+    Args:
+      params: arrays.
+      specs: ParamSpec of each.
+
+    Returns:
+      The same tree.
+    """
+    return jax.tree.map(lambda x, one: constrain(x, *one.axes), params, specs)
+
+
+def abstract_batches(tree: Any) -> Any:
+    """Returns shapes whose first axis is divided as batches are.
+
+    Args:
+      tree: arrays or shapes; numbers without axes are whole.
+
+    Returns:
+      A tree of jax.ShapeDtypeStruct with the shardings of the mesh.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def describe(x: Any) -> jax.ShapeDtypeStruct:
+        axes = ("batch", *(None,) * (len(x.shape) - 1)) if x.shape else ()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(axes, x.shape, mesh.shape)))
+
+    return jax.tree.map(describe, tree)
+
+
+def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
+    """Brings parameters from the host onto the devices of the mesh, each device its part.
+
+    Args:
+      params: numpy arrays.
+      specs: ParamSpec of each.
+      dtype: of matrices and biases; what norms hold stays float32, since they compute in it.
+
+    Returns:
+      A tree of the same structure whose leaves are arrays.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def place(path: Any, x: np.ndarray, one: ParamSpec) -> jax.Array:
+        in_norm = any("norm" in str(getattr(key, "key", "")) for key in path)
+        host = np.asarray(x, np.float32 if in_norm else dtype)
+        if mesh.empty:
+            return jax.device_put(host)
+        sharding = NamedSharding(mesh, spec(one.axes, host.shape, mesh.shape))
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree_util.tree_map_with_path(place, params, specs)
+
+
+def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:
+    """Returns what `put` would, without values.
+
+    Args:
+      specs: ParamSpec of each parameter.
+      dtype: as for `put`.
+
+    Returns:
+      A tree of jax.ShapeDtypeStruct with the shardings of the mesh.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def describe(path: Any, one: ParamSpec) -> jax.ShapeDtypeStruct:
+        in_norm = any("norm" in str(getattr(key, "key", "")) for key in path)
+        sharding = None if mesh.empty else NamedSharding(mesh, spec(one.axes, one.shape, mesh.shape))
+        return jax.ShapeDtypeStruct(one.shape, jnp.float32 if in_norm else dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(describe, specs)

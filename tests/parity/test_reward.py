@@ -1,0 +1,40 @@
+"""The scores of reward models against transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from sea_jax.models import hf, reward  # noqa: E402
+from sea_jax.models.config import ModelConfig  # noqa: E402
+from tests.parity import tiny_torch  # noqa: E402
+
+LENGTHS = (1, 9, 4)
+_apply = jax.jit(reward.apply, static_argnames=("config", "dtype"))
+
+
+@pytest.mark.parametrize("make", [tiny_torch.llama_reward, tiny_torch.gpt_neox_reward, tiny_torch.qwen3_reward])
+def test_scores_of_texts_of_several_lengths(make: Any, tmp_path: Path) -> None:
+    model = make(pad_token_id=0)
+    loaded = tiny_torch.handed_over(model, tmp_path, cuts=(1,))
+    assert isinstance(loaded.config, ModelConfig)
+    tokens = np.random.default_rng(0).integers(1, loaded.config.vocab_size, (len(LENGTHS), 10))
+    valid = np.arange(10) >= 10 - np.array(LENGTHS)[:, None]
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.where(valid, tokens, 0)), attention_mask=torch.tensor(valid)).logits[:, 0]
+    # Ours with random tokens in the padding, so that a mask left out would show.
+    found = _apply(loaded.params, config=loaded.config, tokens=tokens, valid=valid, dtype="float32")
+    assert found.dtype == np.float32
+    assert np.ptp(found) > 0.1
+    np.testing.assert_allclose(found, theirs, atol=5e-5, rtol=1e-5)
+
+
+def test_two_labels_are_refused(tmp_path: Path) -> None:
+    tiny_torch.llama_reward(num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification with 2 labels"):
+        hf.read_config(tmp_path)
