@@ -1,30 +1,24 @@
-"""Prompts: where they come from, how they are split, and the batches of token ids that a run reads."""
+"""Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
 
-import hashlib
-import json
-from collections import Counter, defaultdict
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import grain
 import ml_collections
 import numpy as np
 from absl import logging
+from scipy import sparse
 
-from sea_jax import docstrings as docstring_miner
+from sea_jax import docstrings, sources
+from sea_jax.sources import Record, digest
 from sea_jax.tokenizer import Tokenizer
 
 # Two texts are near-duplicates if they share this share of the shorter one's runs of four words.
 NEAR_DUPLICATE_SHARE = 1 / 3
-
-
-class Record(TypedDict):
-    """One prompt: a name that is unique in its source, the text, and a human answer ("" where there is none)."""
-
-    id: str
-    prompt: str
-    reference: str
+PROMPTS_COMPARED = 256  # with all others at a time: keeps the table of what they share small
 
 
 class Batch(TypedDict):
@@ -54,133 +48,50 @@ def load(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]
     """Reads the prompts that a config names, to train on and held out.
 
     Args:
-      config: the fields are `source` ("docstrings" or "jsonl"), `heldout_fraction`, and for jsonl `path`,
-        `heldout_path` ("": hold out `heldout_fraction` of `path`), `prompt_field` and `reference_field` ("": none).
+      config: the `data` part of a configuration. `source` says where from: "docstrings"; "jsonl" or "parquet", files at
+        `path` and, to hold out, at `heldout_path`; "huggingface" or "tfds", the splits `split` and `heldout_split` of
+        the data set `path`. Where nothing is named to hold out, `heldout_fraction` of the prompts is.
 
     Returns:
       Training and held-out records; no prompt is in both.
 
     Raises:
-      ValueError: a field or a file's content is not usable, or one of the two parts is empty.
-      FileNotFoundError: a file is missing.
+      ValueError: a field or the content of a source is not usable, or one of the two parts is empty.
+      FileNotFoundError: a file or data set is missing.
     """
+    fields = {"prompt_field": config.prompt_field, "reference_field": config.reference_field}
+    heldout: list[Record] | None = None
     if config.source == "docstrings":
-        train, heldout = split(docstrings(), config.heldout_fraction)
-    elif config.source == "jsonl":
-        records = jsonl(config.path, config.prompt_field, config.reference_field)
+        records = sources.docstrings()
+    elif config.source in ("jsonl", "parquet"):
+        read_file = sources.jsonl if config.source == "jsonl" else sources.parquet
+        records = read_file(config.path, **fields)
         if config.heldout_path:
-            heldout = jsonl(config.heldout_path, config.prompt_field, config.reference_field)
-            heldout_prompts = {record["prompt"] for record in heldout}
-            train = [record for record in records if record["prompt"] not in heldout_prompts]
-            logging.info("dropped %d training prompts that are also held out", len(records) - len(train))
-        else:
-            train, heldout = split(records, config.heldout_fraction)
+            heldout = read_file(config.heldout_path, **fields)
+    elif config.source in ("huggingface", "tfds"):
+        read_split = (
+            partial(sources.huggingface, config.path, subset=config.subset, **fields)
+            if config.source == "huggingface"
+            else partial(sources.tfds, config.path, directory=config.directory, **fields)
+        )
+        records = read_split(split=config.split)
+        if config.heldout_split:
+            heldout = read_split(split=config.heldout_split)
     else:
-        raise ValueError(f"data.source is {config.source!r}; it can be 'docstrings' or 'jsonl'")
+        raise ValueError(f"data.source is {config.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds")
+    if heldout is None:
+        train, heldout = split(records, config.heldout_fraction)
+    else:
+        heldout_prompts = {record["prompt"] for record in heldout}
+        train = [record for record in records if record["prompt"] not in heldout_prompts]
+        logging.info("dropped %d training prompts that are also held out", len(records) - len(train))
     if not train or not heldout:
         raise ValueError(
             f"data.source={config.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
-            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the files"
+            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the data"
         )
     logging.info("%d training prompts, %d held out", len(train), len(heldout))
     return train, heldout
-
-
-def docstrings() -> list[Record]:
-    """Returns the docstrings of the installed packages as prompts, with their one-sentence summaries as references."""
-    return [
-        {"id": digest(pair.post)[:16], "prompt": pair.post, "reference": pair.summary}
-        for pair in docstring_miner.mine()
-    ]
-
-
-def jsonl(path: str | Path, prompt_field: str, reference_field: str = "") -> list[Record]:
-    """Reads prompts from a file of one JSON object a line; of lines with the same prompt the first counts.
-
-    Args:
-      path: UTF-8 text; empty lines are passed over. An object may carry an "id"; the default is a hash of the prompt.
-      prompt_field: the key of the prompt, a text that is not empty.
-      reference_field: the key of the human answer, a text or null; "": there are none.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a line is not as described or repeats another prompt's id (file and line are named), or none is left.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; data.path and data.heldout_path name files of JSON lines")
-    by_prompt: dict[str, Record] = {}
-    line_of_id: dict[str, int] = {}
-    repeated = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = record_of_line(line, prompt_field, reference_field)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            if record["prompt"] in by_prompt:
-                repeated += 1
-                continue
-            if record["id"] in line_of_id:
-                raise ValueError(
-                    f"{path}, line {number}: the id {record['id']!r} is that of line {line_of_id[record['id']]}, whose "
-                    "prompt is another"
-                )
-            line_of_id[record["id"]] = number
-            by_prompt[record["prompt"]] = record
-    if not by_prompt:
-        raise ValueError(f"{path} holds no prompts; one JSON object a line is expected")
-    logging.info("%s: %d prompts; %d lines that repeat one are left out", path, len(by_prompt), repeated)
-    return list(by_prompt.values())
-
-
-def record_of_line(line: bytes, prompt_field: str, reference_field: str) -> Record:
-    """Returns the record of one line of a JSON lines file.
-
-    Args:
-      line: one JSON object.
-      prompt_field: the key of the prompt.
-      reference_field: the key of the human answer; "": there is none.
-
-    Raises:
-      ValueError: the line does not hold such a record; says why.
-    """
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"a JSON object is expected, found {type(fields).__name__}")
-    for name, field in (("data.prompt_field", prompt_field), ("data.reference_field", reference_field)):
-        if field and field not in fields:
-            raise ValueError(f"no field {field!r} ({name}); there are: {', '.join(map(repr, fields)) or 'none'}")
-    prompt = fields[prompt_field]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"the field {prompt_field!r} (data.prompt_field) is {prompt!r:.60}; a text is expected")
-    reference = fields[reference_field] if reference_field else ""
-    if not isinstance(reference, str | None):
-        raise ValueError(
-            f"the field {reference_field!r} (data.reference_field) is {reference!r:.60}; a text is expected"
-        )
-    given_id, default_id = fields.get("id"), digest(prompt)[:16]
-    return {
-        "id": default_id if given_id is None else str(given_id),
-        "prompt": prompt,
-        "reference": reference or "",
-    }
-
-
-def digest(text: str) -> str:
-    """Returns the hexadecimal sha256 of a text.
-
-    Args:
-      text: any text.
-    """
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def split(records: Sequence[Record], heldout_fraction: float) -> tuple[list[Record], list[Record]]:
@@ -216,20 +127,34 @@ def without_near_duplicates(records: Sequence[Record], others: Sequence[Record])
       records: what to choose from.
       others: what to keep clear of.
     """
-    others_with: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    sizes = []
-    for index, other in enumerate(others):
-        shingles = word_shingles(other["prompt"])
-        sizes.append(len(shingles))
-        for shingle in shingles:
-            others_with[shingle].append(index)
-    kept = []
-    for record in records:
-        shingles = word_shingles(record["prompt"])
-        shared = Counter(index for shingle in shingles for index in others_with.get(shingle, ()))
-        if all(count < NEAR_DUPLICATE_SHARE * min(len(shingles), sizes[index]) for index, count in shared.items()):
-            kept.append(record)
+    column_of: dict[tuple[str, ...], int] = defaultdict(itertools.count().__next__)
+    columns_of_others = [[column_of[shingle] for shingle in word_shingles(other["prompt"])] for other in others]
+    sizes_of_others = np.array([len(columns) for columns in columns_of_others])
+    known = set(column_of)
+    with_shingle = incidence(columns_of_others, len(known)).T.tocsr()
+    kept: list[Record] = []
+    for start in range(0, len(records), PROMPTS_COMPARED):
+        part = records[start : start + PROMPTS_COMPARED]
+        shingles_of_part = [word_shingles(record["prompt"]) for record in part]
+        sizes = np.array([len(shingles) for shingles in shingles_of_part])
+        columns_of_part = [[column_of[shingle] for shingle in shingles & known] for shingles in shingles_of_part]
+        shared = (incidence(columns_of_part, len(known)) @ with_shingle).tocoo()
+        smaller = np.minimum(sizes[shared.row], sizes_of_others[shared.col])
+        repeats = set(shared.row[shared.data >= NEAR_DUPLICATE_SHARE * smaller].tolist())
+        kept += [record for row, record in enumerate(part) if row not in repeats]
     return kept
+
+
+def incidence(columns_of_rows: Sequence[Sequence[int]], num_columns: int) -> sparse.csr_array:
+    """Returns a sparse matrix of ones, int32 [R, num_columns].
+
+    Args:
+      columns_of_rows: R lists of the columns that hold a one.
+      num_columns: width.
+    """
+    ends = np.cumsum([0, *map(len, columns_of_rows)])
+    columns = np.fromiter(itertools.chain.from_iterable(columns_of_rows), np.int32, ends[-1])
+    return sparse.csr_array((np.ones(len(columns), np.int32), columns, ends), shape=(len(columns_of_rows), num_columns))
 
 
 def word_shingles(text: str) -> set[tuple[str, ...]]:
@@ -238,7 +163,7 @@ def word_shingles(text: str) -> set[tuple[str, ...]]:
     Args:
       text: any text.
     """
-    words = docstring_miner.bare(text).split()
+    words = docstrings.bare(text).split()
     return set(zip(words, words[1:], words[2:], words[3:], strict=False)) or {tuple(words)}
 
 

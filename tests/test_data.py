@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import grain
 import ml_collections
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from sea_jax import data, docstrings
+from sea_jax import data, sources
 from sea_jax.data import Record, Rendered
 from sea_jax.tokenizer import Tokenizer
 
@@ -30,60 +31,6 @@ def rendered(*lengths: int) -> list[Rendered]:
 def lines(path: Path, *objects: object) -> Path:
     path.write_text("\n".join(json.dumps(one) for one in objects) + "\n")
     return path
-
-
-# jsonl
-
-
-def test_jsonl_reads_the_named_fields_and_gives_ids_to_those_without(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "a.jsonl",
-        {"post": "one", "summary": "1", "id": 7},
-        {"post": "two", "summary": None},
-    )
-    path.write_text("\ufeff" + path.read_text() + "\n  \n")
-    assert data.jsonl(path, "post", "summary") == [
-        {"id": "7", "prompt": "one", "reference": "1"},
-        {"id": "3fc4ccfe745870e2", "prompt": "two", "reference": ""},
-    ]
-    assert [one["reference"] for one in data.jsonl(path, "post")] == ["", ""]
-
-
-def test_of_lines_with_the_same_prompt_the_first_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = lines(tmp_path / "a.jsonl", {"p": "x", "r": "1"}, {"p": "x", "r": "2"}, {"p": "y", "r": "3"})
-    with caplog.at_level(logging.INFO, logger="absl"):
-        assert [one["reference"] for one in data.jsonl(path, "p", "r")] == ["1", "3"]
-    assert "2 prompts; 1 lines that repeat one are left out" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"p": "x", ', "not JSON"),
-        (b'["p"]', "found list"),
-        (b'{"q": "x"}', r"no field 'p' \(data.prompt_field\); there are: 'q'"),
-        (b'{"p": "x"}', r"no field 'r' \(data.reference_field\); there are: 'p'"),
-        (b'{"p": 3, "r": ""}', r"'p' \(data.prompt_field\) is 3"),
-        (b'{"p": " ", "r": ""}', "data.prompt_field"),
-        (b'{"p": "x", "r": ["y"]}', r"'r' \(data.reference_field\) is \['y'\]"),
-        (b'{"p": "\xff", "r": ""}', "not UTF-8"),
-        (b'{"p": "\\ud800", "r": ""}', "surrogates not allowed"),
-        (b'{"p": "another", "r": "", "id": "first"}', "'first' is that of line 1"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"p": "good", "r": "", "id": "first"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{reason}"):
-        data.jsonl(path, "p", "r")
-
-
-def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        data.jsonl(tmp_path / "none.jsonl", "p")
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompts"):
-        data.jsonl(tmp_path / "empty.jsonl", "p")
 
 
 # split
@@ -125,6 +72,22 @@ def test_near_duplicates_of_held_out_prompts_are_dropped() -> None:
     assert data.without_near_duplicates(kept, []) == kept
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
+    st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
+)
+def test_near_duplicates_are_those_that_share_a_third_of_the_shorter(prompts: list[str], others: list[str]) -> None:
+    def repeats(prompt: str, other: str) -> bool:
+        one, two = data.word_shingles(prompt), data.word_shingles(other)
+        return 3 * len(one & two) >= min(len(one), len(two))
+
+    with mock.patch.object(data, "PROMPTS_COMPARED", 2):
+        kept = data.without_near_duplicates([record(prompt) for prompt in prompts], [record(other) for other in others])
+    expected = [prompt for prompt in prompts if not any(repeats(prompt, other) for other in others)]
+    assert [one["prompt"] for one in kept] == expected
+
+
 # load
 
 
@@ -133,6 +96,10 @@ def config(**fields: object) -> ml_collections.ConfigDict:
         "source": "jsonl",
         "path": "",
         "heldout_path": "",
+        "split": "train",
+        "heldout_split": "",
+        "subset": "",
+        "directory": "",
         "heldout_fraction": 0.5,
         "prompt_field": "p",
         "reference_field": "",
@@ -167,13 +134,27 @@ def test_an_unknown_source_is_refused() -> None:
         data.load(config(source="web"))
 
 
-def test_docstrings_are_records_with_their_summaries_as_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [docstrings.Pair(f"Summary {i}.", f"post{i} of thing{i}") for i in range(40)]
-    monkeypatch.setattr(docstrings, "mine", lambda: pairs)
-    train, heldout = data.load(config(source="docstrings"))
-    assert len(train) + len(heldout) == 40
-    assert all(one["reference"] == f"Summary {one['prompt'].split()[0][4:]}." for one in train + heldout)
-    assert len({one["id"] for one in train + heldout}) == 40
+@pytest.mark.parametrize("source", ["parquet", "huggingface", "tfds"])
+def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    asked = []
+
+    def read(*given: object, **named: object) -> list[Record]:
+        asked.append((*given, named))
+        return [record("a"), record("b"), record("c")] if len(asked) == 1 else [record("b")]
+
+    monkeypatch.setattr(sources, source, read)
+    files = {"path": "train.parquet", "heldout_path": "heldout.parquet"}
+    splits = {"path": "named", "split": "sft", "heldout_split": "test", "subset": "short", "directory": "there"}
+    chosen = files if source == "parquet" else splits
+    parts = data.load(config(source=source, reference_field="r", **chosen))
+    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["b"]]
+    fields = {"prompt_field": "p", "reference_field": "r"}
+    place = {"huggingface": {"subset": "short"}, "tfds": {"directory": "there"}}
+    assert asked == (
+        [("train.parquet", fields), ("heldout.parquet", fields)]
+        if source == "parquet"
+        else [("named", fields | place[source] | {"split": split}) for split in ("sft", "test")]
+    )
 
 
 # rendering
