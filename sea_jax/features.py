@@ -9,8 +9,9 @@ import numpy as np
 
 from sea_jax import generation, tokenizer
 from sea_jax.generation import SamplingConfig
-from sea_jax.models import encoder, hf
-from sea_jax.models.config import EncoderConfig, ModelConfig
+from sea_jax.models import deberta, encoder, hf, partition
+from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
+from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 Texts = Sequence[Sequence[str]]  # B lists of M responses
@@ -18,6 +19,13 @@ Featurize = Callable[[Mapping[str, Any], Candidates, Texts], Array]
 """A batch of prompts, its candidates and their texts -> [B, M, d] float32."""
 
 BUCKET = 64  # tokens; sequences of a trunk are padded to a multiple of it
+
+SOURCE, CANDIDATE = "<|source|>", "<|candidate|>"  # what PairRM puts before a prompt and before a response
+MAX_SOURCE_TOKENS, MAX_TOKENS = 1224, 2048  # of a prompt's part and of the whole (https://github.com/sail-sg/oat)
+
+_Row = tuple[list[int], tuple[int, int]]  # a sequence's tokens and the two places in it that features are read by
+_Encode = Callable[[str, Sequence[str]], list[_Row]]  # a prompt and its responses
+_Read = Callable[[Params, Array, Array, Array], Array]  # parameters, tokens, valid [b, S], places [b, 2] -> [b, d]
 
 
 def from_sampler(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
@@ -60,48 +68,128 @@ def of_reference(reference: Params, config: ModelConfig, sampling: SamplingConfi
     return featurize
 
 
-def of_trunk(source: str) -> Featurize:
-    """Features are hidden states of a separate encoder that reads prompt and response as a pair of sentences.
+def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Featurize:
+    """Features are hidden states of a separate encoder that reads prompt and response together.
+
+    A BERT reads them as a pair of sentences: [CLS] prompt [SEP] response [SEP]. Its features are the mean of the last
+    hidden states over the response and its separator; where both do not fit, the prompt's beginning is cut.
+
+    A DeBERTa-v2/v3 with the tokens of PairRM (https://huggingface.co/llm-blender/PairRM-hf), the paper's trunk, reads
+    [CLS] <|source|> prompt [SEP] [CLS] <|candidate|> response [SEP], as in https://github.com/sail-sg/oat. Its features
+    are the last hidden states of <|source|> and <|candidate|>, side by side; what is too long is cut at its end.
 
     Args:
-      source: a BERT encoder, anything that `hf.load` takes.
+      source: anything that `hf.load` takes.
+      dtype: of the trunk's matrices and its computation.
+      batch_size: sequences read at a time, sorted by length.
 
     Returns:
-      Featurize: mean of the last hidden states over the response's tokens, the closing separator included. Where both do
-      not fit the encoder's positions, the prompt's beginning is cut.
+      Featurize, d as `trunk_width` says.
 
     Raises:
-      ValueError: the source is not an encoder.
+      ValueError: the source is not such an encoder, or its tokenizer does not fit it or lacks the tokens.
     """
+    trunk_width(source)  # refuses what is no trunk before it is loaded
     loaded = hf.load(source)
-    if not isinstance(loaded.config, EncoderConfig):
-        raise ValueError(f"config.erm.trunk={source}: expected a BERT encoder, found a decoder")
-    config, words, params = loaded.config, tokenizer.load(loaded.directory), jax.device_put(loaded.params)
+    config, words = loaded.config, tokenizer.load(loaded.directory)
+    try:
+        tokenizer.check(words, config.vocab_size)
+        if isinstance(config, DebertaConfig):
+            most = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
+            encode, read = _of_prefix_tokens(config, words, most, dtype)
+        else:
+            assert isinstance(config, EncoderConfig)
+            most = config.max_positions
+            encode, read = _of_response_mean(config, words, most, dtype)
+    except ValueError as error:
+        raise ValueError(f"config.erm.trunk={source}: {error}") from error
+    params = partition.put(loaded.params, hf.abstract(config), dtype)
 
     @jax.jit
-    def pooled(tokens: Array, valid: Array, in_response: Array) -> Array:
-        types = in_response.astype(jnp.int32)
-        hidden = encoder.apply(params, config, tokens, valid, token_types=types, dtype="float32")
-        return encoder.mean_pool(hidden, in_response)
+    def features(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+        tokens, valid, marks = partition.batches((tokens, valid, marks))
+        return partition.whole(read(params, tokens, valid, marks).astype(jnp.float32))
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
-        rows = []
-        for prompt, responses in zip(batch["prompt"], texts, strict=True):
-            prompt_ids = words.encode(prompt)  # [CLS] ... [SEP]
-            for response in responses:
-                response_ids = words.encode(response)[1:][: config.max_positions // 2]
-                room = config.max_positions - len(response_ids)
-                kept = prompt_ids if len(prompt_ids) <= room else [prompt_ids[0], *prompt_ids[1 - room :]]
-                rows.append((kept, response_ids))
-        length = -(-max(len(p) + len(r) for p, r in rows) // BUCKET) * BUCKET
-        length = min(length, config.max_positions)
-        tokens = np.full((len(rows), length), words.pad_id, np.int32)
-        valid, in_response = np.zeros((2, len(rows), length), bool)
-        for row, (prompt_ids, response_ids) in enumerate(rows):
-            end = len(prompt_ids) + len(response_ids)
-            tokens[row, :end] = prompt_ids + response_ids
-            valid[row, :end] = True
-            in_response[row, len(prompt_ids) : end] = True
-        return pooled(tokens, valid, in_response).reshape(len(texts), -1, config.d_model)
+        rows = [row for pair in zip(batch["prompt"], texts, strict=True) for row in encode(*pair)]
+        order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            some = [rows[i] for i in order[start : start + batch_size]]
+            length = min(-(-len(some[-1][0]) // BUCKET) * BUCKET, most)
+            tokens = np.full((batch_size, length), words.pad_id, np.int32)
+            valid, marks = np.zeros((batch_size, length), bool), np.zeros((batch_size, 2), np.int32)
+            for row, (ids, own) in enumerate(some):
+                tokens[row, : len(ids)], valid[row, : len(ids)], marks[row] = ids, True, own
+            parts.append(features(params, tokens, valid, marks))
+        return jnp.concatenate(parts)[np.argsort(order)].reshape(len(texts), -1, parts[0].shape[-1])
 
     return featurize
+
+
+def trunk_width(source: str) -> int:
+    """Returns d, the width of the features that `of_trunk` reads, without loading the trunk.
+
+    Args:
+      source: anything that `hf.load` takes.
+
+    Raises:
+      ValueError: the source is not an encoder that can be a trunk.
+    """
+    match hf.read_config(source):
+        case EncoderConfig(d_model=d):
+            return d
+        case DebertaConfig(d_model=d):
+            return 2 * d
+        case _:
+            raise ValueError(f"config.erm.trunk={source}: expected a BERT or DeBERTa-v2/v3 encoder, found a decoder")
+
+
+def _of_response_mean(config: EncoderConfig, words: Tokenizer, most: int, dtype: Any) -> tuple[_Encode, _Read]:
+    """BERT: the marks are where the response begins and ends."""
+
+    def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
+        prompt_ids, rows = words.encode(prompt), []  # [CLS] ... [SEP]
+        for response in responses:
+            response_ids = words.encode(response)[1:][: most // 2]
+            room = most - len(response_ids)
+            kept = prompt_ids if len(prompt_ids) <= room else [prompt_ids[0], *prompt_ids[1 - room :]]
+            rows.append((kept + response_ids, (len(kept), len(kept) + len(response_ids))))
+        return rows
+
+    def read(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+        position = jnp.arange(tokens.shape[1])
+        in_response = (position >= marks[:, :1]) & (position < marks[:, 1:])
+        types = in_response.astype(jnp.int32)
+        hidden = encoder.apply(params, config, tokens, valid, token_types=types, dtype=dtype)
+        return encoder.mean_pool(hidden, in_response)
+
+    return encode, read
+
+
+def _of_prefix_tokens(config: DebertaConfig, words: Tokenizer, most: int, dtype: Any) -> tuple[_Encode, _Read]:
+    """DeBERTa: the marks are the positions of the two prefix tokens."""
+    known = words.backend.get_vocab()
+    if missing := [token for token in (SOURCE, CANDIDATE) if token not in known]:
+        raise ValueError(
+            f"its tokenizer has no token {' and no token '.join(missing)}; a DeBERTa trunk needs both {SOURCE} and "
+            f"{CANDIDATE}, as llm-blender/PairRM-hf has them"
+        )
+
+    def cut(ids: list[int], limit: int) -> list[int]:
+        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]  # the separator stays
+
+    def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
+        prompt_ids, rows = cut(words.encode(SOURCE + prompt), MAX_SOURCE_TOKENS * most // MAX_TOKENS), []
+        for response in responses:
+            response_ids = cut(words.encode(CANDIDATE + response), most - len(prompt_ids))
+            # The first of each is ours, whatever the texts hold.
+            marks = prompt_ids.index(known[SOURCE]), len(prompt_ids) + response_ids.index(known[CANDIDATE])
+            rows.append((prompt_ids + response_ids, marks))
+        return rows
+
+    def read(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+        hidden = deberta.apply(params, config, tokens, valid, dtype=dtype)
+        return jnp.take_along_axis(hidden, marks[..., None], axis=1).reshape(len(tokens), -1)
+
+    return encode, read

@@ -1,6 +1,11 @@
 """Who labels a duel. A preference is noise-free taste; an oracle turns it into labels, and wrappers add noise to any oracle."""
 
+import bisect
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +13,10 @@ import numpy as np
 from scipy.special import expit
 
 from sea_jax import tokenizer
-from sea_jax.models import encoder, hf
+from sea_jax.models import decoder, encoder, hf, partition
+from sea_jax.models import reward as reward_models
 from sea_jax.models.config import EncoderConfig
+from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Judgement, Oracle, Preference
 
 Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # N prompts, N responses -> [N] float64
@@ -17,6 +24,7 @@ Labels = Callable[[np.ndarray, Array], np.ndarray]  # P(first wins) [N], keys [N
 
 ENCODER_BUCKET = 32  # tokens; texts are padded to a multiple of it
 ENCODER_BATCH = 16  # texts encoded at a time, sorted by length so that short ones pay for short ones
+REWARD_BUCKET = 64  # tokens; texts of a reward model are padded to a multiple of it
 
 
 def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
@@ -33,7 +41,7 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
     """
     loaded = hf.load(source)
     if not isinstance(loaded.config, EncoderConfig):
-        raise ValueError(f"config.oracle.encoder={source}: expected a BERT encoder, found a decoder")
+        raise ValueError(f"config.oracle.encoder={source}: expected a BERT encoder, found a {loaded.config.family}")
     config, words = loaded.config, tokenizer.load(loaded.directory)
     params = jax.device_put(loaded.params)
 
@@ -80,6 +88,76 @@ def embedding_similarity(source: str) -> Reward:
         return (prompt_vectors * vectors[len(new) :]).sum(-1).astype(np.float64)
 
     return reward
+
+
+def reward_model(source: str, *, dtype: str, batch_size: int, max_tokens: int) -> Reward:
+    """The scores of a reward model, a decoder with a scalar head such as Skywork-Reward-Llama-3.1-8B.
+
+    The model reads prompt and response as the turns of user and assistant in its tokenizer's chat template; without a
+    template, as one text with a space between them, unless there is one, and the EOS behind it (TL;DR models). The
+    score is that of the last token that is not the padding token of its config.json, as in transformers.
+
+    Args:
+      source: the reward model, anything that `hf.load` takes.
+      dtype: of its matrices and its computation.
+      batch_size: texts scored at a time, sorted by length.
+      max_tokens: of prompt and response together; the beginning of a longer prompt is cut. A response that alone is
+        longer is scored whole.
+
+    Returns:
+      A function of N prompts and N responses to [N] float64.
+
+    Raises:
+      ValueError: the source is not a reward model, or its tokenizer does not fit it.
+    """
+    try:
+        config = reward_models.check(hf.read_config(source))
+        loaded = hf.load(source)
+        words = tokenizer.load(loaded.directory)
+        tokenizer.check(words, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"config.oracle.reward_model={source}: {error}") from error
+    params = partition.put(loaded.params, decoder.abstract(config), dtype)
+    padding = json.loads((loaded.directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+    score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
+
+    def encode(prompt: str, response: str) -> list[int]:
+        def without(dropped: int) -> list[int]:
+            return _conversation(words, prompt[dropped:], response)
+
+        ids = without(0)
+        if len(ids) > max_tokens:
+            # By characters rather than tokens, since a token may be a part of a character.
+            ids = without(bisect.bisect_left(range(len(prompt)), True, key=lambda n: len(without(n)) <= max_tokens))
+        end = max((i for i, token in enumerate(ids) if token != padding), default=0)
+        return ids[: end + 1]
+
+    def apply(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        order = np.argsort([len(i) for i in ids], kind="stable")
+        result = np.zeros(len(ids), np.float64)
+        for start in range(0, len(ids), batch_size):
+            rows = order[start : start + batch_size]
+            length = -(-len(ids[rows[-1]]) // REWARD_BUCKET) * REWARD_BUCKET
+            tokens = np.full((batch_size, length), words.pad_id, np.int32)
+            valid = np.zeros((batch_size, length), bool)
+            for row, r in enumerate(rows):
+                tokens[row, length - len(ids[r]) :], valid[row, length - len(ids[r]) :] = ids[r], True
+            result[rows] = np.asarray(score(params, tokens=tokens, valid=valid))[: len(rows)]
+        return result
+
+    return apply
+
+
+def _conversation(words: Tokenizer, prompt: str, response: str) -> list[int]:
+    """The token ids of a prompt and its response as a reward model reads them."""
+    if words.backend.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        # The template writes the BOS.
+        return words.encode(words.chat(turns, generation_prompt=False), add_special=False)
+    apart = prompt[-1:].isspace() or response[:1].isspace()
+    ids = words.encode(f"{prompt}{'' if apart else ' '}{response}")
+    return ids if ids[-1:] == [words.eos_id] else [*ids, words.eos_id]
 
 
 def by_reward(reward: Reward, scale: float) -> Preference:
@@ -148,18 +226,23 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
     """Makes an oracle of a preference and a way to label.
 
     Args:
-      preference: Preference.
+      preference: Preference; if it has a parameter `keys`, it is given the names of the asks there.
       labels: one of LABELS.
 
     Returns:
       Oracle.
 
     Raises:
-      ValueError (by the oracle): the preference returns a wrong number of values, or one outside [0, 1].
+      ValueError: the preference's `keys` has no default; or (by the oracle) the preference returns a wrong number of
+        values, or one outside [0, 1].
     """
+    wants_keys = _wants_keys(preference)
 
-    def oracle(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array) -> Judgement:
-        probability = np.asarray(preference(prompts, first, second), np.float64)
+    def oracle(
+        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str]
+    ) -> Judgement:
+        names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
+        probability = np.asarray(preference(prompts, first, second, **names), np.float64)
         if probability.shape != (len(prompts),):
             raise ValueError(f"the oracle was asked about {len(prompts)} pairs and returned shape {probability.shape}")
         if not ((probability >= 0) & (probability <= 1)).all():
@@ -167,6 +250,20 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
         return Judgement(probability, labels(probability, keys))
 
     return oracle
+
+
+def _wants_keys(preference: Preference) -> bool:
+    """Whether a preference takes the names of the asks."""
+    try:
+        keys = inspect.signature(preference).parameters.get("keys")
+    except ValueError:  # some callables written in C tell nothing of their parameters
+        return False
+    if keys is not None and keys.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"the oracle's function {getattr(preference, '__name__', preference)}: its parameter `keys` needs a default of "
+            "None, since win rates are measured without"
+        )
+    return keys is not None
 
 
 def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
@@ -180,9 +277,11 @@ def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
       Oracle whose probabilities are the noise-free ones and whose labels are noisy.
     """
 
-    def noisy(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array) -> Judgement:
+    def noisy(
+        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str]
+    ) -> Judgement:
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        judgement = oracle(prompts, first, second, inner)
+        judgement = oracle(prompts, first, second, inner, asks)
         flip = np.asarray(jax.vmap(jax.random.uniform)(own)) < flip_probability
         return judgement._replace(label=np.where(flip, 1 - judgement.label, judgement.label))
 

@@ -122,14 +122,22 @@ class DuelRule(Protocol):
 
 
 class Preference(Protocol):
-    """The noise-free taste behind an oracle: N prompts and two responses each -> [N] P(first wins)."""
+    """The noise-free taste behind an oracle: N prompts and two responses each -> [N] P(first wins).
+
+    One that has a parameter `keys` (default None) is given the N names of the asks there, where a label is paid for; none
+    are given where win rates are measured.
+    """
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> np.ndarray: ...
 
 
 class Oracle(Protocol):
-    """Labels N duels: texts in, one `Judgement` out; a random key per duel drives whatever noise there is."""
+    """Labels N duels: texts in, one `Judgement` out.
+
+    A random key per duel, `keys` [N], drives whatever noise there is. `asks` are N names, unique over all runs: a duel
+    that is sent again after a crash bears the same name, so that who bills for an answer can give it from his own record.
+    """
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, /
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str], /
     ) -> Judgement: ...

@@ -1,6 +1,7 @@
 """Features of a separate trunk: what the encoder is shown, and which of its hidden states are averaged."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sea_jax import features
+from sea_jax import features, tiny_random
 from sea_jax.models import encoder, hf
 from sea_jax.models.config import EncoderConfig, from_hf
 from sea_jax.types import Candidates
@@ -94,5 +95,62 @@ def test_an_over_long_prompt_loses_its_beginning_and_the_response_stays_whole(tr
 
 
 def test_a_decoder_is_refused_as_a_trunk() -> None:
-    with pytest.raises(ValueError, match=r"config.erm.trunk=builtin:tiny-random-llama: expected a BERT encoder"):
-        features.of_trunk("builtin:tiny-random-llama")
+    for refuses in (features.of_trunk, features.trunk_width):
+        with pytest.raises(ValueError, match=r"config.erm.trunk=builtin:tiny-random-llama: expected a BERT or DeBERTa"):
+            refuses("builtin:tiny-random-llama")
+
+
+@pytest.fixture(scope="module")
+def pair_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DeBERTa with a tokenizer of bytes that has PairRM's tokens."""
+    directory = tmp_path_factory.mktemp("models") / "pair-ranker"
+    tiny_random.write(directory, "tiny-random-deberta")
+    return directory
+
+
+def at_prefixes(directory: Path, prompt: str, response: str) -> np.ndarray:
+    """What transformers says of one pair, tokenised and cut by its own rules: at most 1224 tokens, and 2048 in all."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    words = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = words.encode(f"<|source|>{prompt}", max_length=1224, truncation=True)
+    marks = [1, len(ids) + 1]  # each behind the token that begins a text
+    ids += words.encode(f"<|candidate|>{response}", max_length=2048 - len(ids), truncation=True)
+    assert [ids[mark] for mark in marks] == words.convert_tokens_to_ids(["<|source|>", "<|candidate|>"])
+    with torch.no_grad():
+        hidden = transformers.DebertaV2Model.from_pretrained(directory)(torch.tensor([ids])).last_hidden_state[0]
+    return hidden[marks].flatten().numpy()
+
+
+def test_a_pair_ranker_gives_the_hidden_states_of_both_prefix_tokens(pair_ranker: Path) -> None:
+    prompts, texts = ["Why is the sea salt?", "Wet?" * 40], [["Rivers.", "", "It is." * 30], ["Yes", "No", "é"]]
+    found = features.of_trunk(str(pair_ranker), batch_size=4)({"prompt": prompts}, NOTHING, texts)
+    assert found.shape == (2, 3, features.trunk_width(str(pair_ranker))) == (2, 3, 64)
+    for row, prompt in enumerate(prompts):
+        for column, response in enumerate(texts[row]):
+            np.testing.assert_allclose(found[row, column], at_prefixes(pair_ranker, prompt, response), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("sea" * 1000, "salt" * 500), ("a <|candidate|> b", "<|source|> c")],
+    ids=["both too long", "prefix tokens in the texts"],
+)
+def test_a_pair_ranker_cuts_ends_and_is_not_misled(pair_ranker: Path, prompt: str, response: str) -> None:
+    (found,) = features.of_trunk(str(pair_ranker), batch_size=1)({"prompt": [prompt]}, NOTHING, [[response]])
+    np.testing.assert_allclose(found[0], at_prefixes(pair_ranker, prompt, response), atol=2e-5)
+
+
+def test_bfloat16_features_are_float32_and_near(pair_ranker: Path) -> None:
+    pair: tuple = ({"prompt": ["sea"]}, NOTHING, [["salt", "wet"]])
+    found = features.of_trunk(str(pair_ranker), dtype="bfloat16")(*pair)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, features.of_trunk(str(pair_ranker))(*pair), atol=0.15)
+
+
+def test_a_deberta_without_the_tokens_of_a_pair_ranker_is_refused(pair_ranker: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair_ranker, tmp_path / "trunk")
+    file = tmp_path / "trunk" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|candidate|>", "<|other|>"))
+    message = r"config.erm.trunk=.*its tokenizer has no token <\|candidate\|>; a DeBERTa trunk needs both"
+    with pytest.raises(ValueError, match=message):
+        features.of_trunk(str(tmp_path / "trunk"))

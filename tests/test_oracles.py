@@ -1,6 +1,8 @@
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import pytest
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from sea_jax import oracles, tokenizer
-from sea_jax.models import encoder, hf
-from sea_jax.models.config import EncoderConfig
+from sea_jax import oracles, tiny_random, tokenizer
+from sea_jax.models import decoder, encoder, hf, reward
+from sea_jax.models.config import EncoderConfig, ModelConfig
 from sea_jax.types import Judgement
 from tests import tiny
 
@@ -37,6 +39,11 @@ def keys(count: int, seed: int = 0) -> jax.Array:
 def texts(count: int) -> tuple[list[str], list[str], list[str]]:
     """Prompts, first and second responses."""
     return [f"x{i}" for i in range(count)], [f"y{i}" for i in range(count)], [f"z{i}" for i in range(count)]
+
+
+def names(count: int) -> list[str]:
+    """Of asks."""
+    return [f"run/{i}" for i in range(count)]
 
 
 def always(probability: float) -> oracles.Preference:
@@ -79,7 +86,7 @@ def test_an_oracle_tells_the_probability_and_the_label(name):
         asked.append((prompts, first, second))
         return np.array([0.75, 0.25], np.float32)
 
-    judgement = oracles.labelled(preference, oracles.LABELS[name])(*texts(2), keys(2))
+    judgement = oracles.labelled(preference, oracles.LABELS[name])(*texts(2), keys(2), names(2))
     assert asked == [texts(2)]
     assert judgement.probability.dtype == judgement.label.dtype == np.float64
     np.testing.assert_array_equal(judgement.probability, [0.75, 0.25])
@@ -100,12 +107,38 @@ def test_an_oracle_tells_the_probability_and_the_label(name):
 def test_an_answer_that_is_no_probability_is_refused(answer, message):
     oracle = oracles.labelled(lambda prompts, first, second: answer, oracles.soft)
     with pytest.raises(ValueError, match=message):
-        oracle(*texts(2), keys(2))
+        oracle(*texts(2), keys(2), names(2))
+
+
+def test_only_a_preference_that_takes_keys_is_given_the_names_of_the_asks():
+    received = []
+
+    def service(prompts, first, second, keys=None):
+        received.append(keys)
+        return np.full(len(prompts), 0.5)
+
+    class Service:
+        def __call__(self, prompts, first, second, *, keys: list[str] | None = None):
+            return service(prompts, first, second, keys)
+
+    for preference in (service, Service(), partial(service)):
+        oracles.flipped(oracles.labelled(preference, oracles.soft), 0.1)(*texts(2), keys(2), names(2))
+    assert received == [["run/0", "run/1"]] * 3
+    plain = oracles.labelled(lambda p, first, second, **others: np.full(len(p), float(bool(others))), oracles.soft)
+    assert plain(*texts(2), keys(2), names(2)).label.tolist() == [0.0, 0.0]
+
+
+def test_keys_need_a_default_for_when_win_rates_are_measured():
+    def service(prompts, first, second, keys):
+        return np.full(len(prompts), 0.5)
+
+    with pytest.raises(ValueError, match=r"function service: its parameter `keys` needs a default of None"):
+        oracles.labelled(service, oracles.soft)
 
 
 def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
     oracle = oracles.flipped(oracles.labelled(always(0.9), oracles.deterministic), 0.1)
-    judgement = oracle(*texts(2000), keys(2000))
+    judgement = oracle(*texts(2000), keys(2000), names(2000))
     np.testing.assert_array_equal(judgement.probability, 0.9)
     assert set(judgement.label) == {0.0, 1.0}
     assert stats.binomtest(int((judgement.label == 0).sum()), 2000, 0.1).pvalue > 0.01
@@ -114,24 +147,24 @@ def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
 def test_flips_wrap_any_oracle():
     received = []
 
-    def own(prompts, first, second, keys):
-        received.append((prompts, first, second))
+    def own(prompts, first, second, keys, asks):
+        received.append((prompts, first, second, asks))
         return Judgement(np.array([0.5, 0.6]), np.array([0.25, 1.0]))
 
-    always_flipped = oracles.flipped(own, 1.0)(*texts(2), keys(2))
+    always_flipped = oracles.flipped(own, 1.0)(*texts(2), keys(2), names(2))
     np.testing.assert_array_equal(always_flipped.label, [0.75, 0.0])
     np.testing.assert_array_equal(always_flipped.probability, [0.5, 0.6])
-    np.testing.assert_array_equal(oracles.flipped(own, 0.0)(*texts(2), keys(2)).label, [0.25, 1.0])
+    np.testing.assert_array_equal(oracles.flipped(own, 0.0)(*texts(2), keys(2), names(2)).label, [0.25, 1.0])
     np.testing.assert_array_equal(
-        oracles.flipped(oracles.flipped(own, 1.0), 1.0)(*texts(2), keys(2)).label, [0.25, 1.0]
+        oracles.flipped(oracles.flipped(own, 1.0), 1.0)(*texts(2), keys(2), names(2)).label, [0.25, 1.0]
     )
-    assert received == [texts(2)] * 3
+    assert received == [(*texts(2), names(2))] * 3
 
 
 def test_flips_are_independent_of_the_draw_they_flip():
     # Were both driven by one number, every label of 1 would be flipped to 0.
     oracle = oracles.flipped(oracles.labelled(always(0.5), oracles.bradley_terry), 0.5)
-    wins = oracle(*texts(1000), keys(1000)).label
+    wins = oracle(*texts(1000), keys(1000), names(1000)).label
     assert stats.binomtest(int(wins.sum()), 1000, 0.5).pvalue > 0.01
 
 
@@ -206,3 +239,95 @@ def test_a_decoder_is_no_encoder(tmp_path):
     hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
     with pytest.raises(ValueError, match=r"config\.oracle\.encoder=.*expected a BERT encoder, found a decoder"):
         oracles.embed_texts(str(tmp_path / "decoder"))
+
+
+# ---- The oracle of a reward model, with a tiny random one whose tokens are bytes
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "reward"
+    tiny_random.write(path, "tiny-random-llama-reward")
+    return path
+
+
+@pytest.fixture(scope="module")
+def score(scorer):
+    return oracles.reward_model(str(scorer), dtype="float32", batch_size=2, max_tokens=128)
+
+
+def test_scores_are_those_of_transformers(scorer, score):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(scorer).eval()
+    backend = transformers.AutoTokenizer.from_pretrained(scorer)
+    prompts = ["What is it?", "Sum up: " + "a long story. " * 5, "été", "x", "What is it?"]
+    responses = ["A horse.", "Short.", "an answer that is somewhat longer than the others", "", "A cow."]
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        inputs = backend.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        assert inputs["input_ids"][0, -1] == model.config.pad_token_id  # the end, which transformers passes over
+        with torch.no_grad():
+            expected.append(model(**inputs).logits.item())
+    found = score(prompts, responses)
+    assert found.dtype == np.float64
+    assert np.ptp(found) > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(score(prompts[::-1], responses[::-1])[::-1], found, atol=1e-5)
+    preference = oracles.by_reward(score, 2.0)
+    wins = 1 / (1 + np.exp(-2 * (expected[0] - expected[4])))
+    np.testing.assert_allclose(preference(prompts[:1], responses[:1], responses[4:]), wins, atol=1e-3)
+
+
+def test_the_beginning_of_a_prompt_is_cut_and_never_the_response(score):
+    # <|start|>user: ...<|end|>assistant: ...<|end|> has 20 tokens beside the two texts: 128 - 20 - 10 = 98 bytes fit.
+    prompt, response = "".join(chr(97 + i % 26) for i in range(150)), "0123456789"
+    whole, cut = score([prompt, prompt[-98:], prompt[-97:]], [response] * 3), prompt[-99:]
+    assert whole[0] == whole[1] != whole[2]
+    assert score([cut], [response]) == whole[1]
+    characters = score(["é" * 60, "é" * 49, "é" * 48], [response] * 3)
+    assert characters[0] == characters[1] != characters[2]
+    longer = "".join(chr(48 + i % 10) for i in range(140))
+    alone = score([prompt, "", ""], [longer, longer, longer[:-1]])
+    assert alone[0] == alone[1] != alone[2]
+
+
+def test_matrices_are_in_the_compute_dtype(scorer, score):
+    half = oracles.reward_model(str(scorer), dtype="bfloat16", batch_size=2, max_tokens=128)
+    found, exact = half(["a", "b"], ["c", "d"]), score(["a", "b"], ["c", "d"])
+    assert (found != exact).all()
+    np.testing.assert_allclose(found, exact, atol=0.2)
+
+
+def test_without_a_template_prompt_and_response_are_one_text(tmp_path):
+    tiny_random.write(tmp_path / "policy", "tiny-random-gpt-neox")
+    plain = hf.read_config(tmp_path / "policy")
+    assert isinstance(plain, ModelConfig)
+    config = replace(plain, scalar_head=True)
+    params = tiny.draw(decoder.abstract(config), 0)
+    hf.save(tmp_path / "reward", config, params, tmp_path / "policy")
+    fields = json.loads((tmp_path / "reward" / "config.json").read_text())
+    (tmp_path / "reward" / "config.json").write_text(json.dumps(fields | {"pad_token_id": None}))
+    words = tokenizer.load(tmp_path / "reward")
+    score = oracles.reward_model(str(tmp_path / "reward"), dtype="float32", batch_size=4, max_tokens=64)
+    found = score(["a TL;DR:", "a TL;DR:", "a TL;DR:\n"], ["b c", " b c", "b c"])
+    apply = jax.jit(partial(reward.apply, config=config, dtype="float32"))
+    for text, value in zip(["a TL;DR: b c", "a TL;DR: b c", "a TL;DR:\nb c"], found, strict=True):
+        ids = np.array([[*words.encode(text), words.eos_id]])
+        expected = apply(params, tokens=ids, valid=np.ones(ids.shape, bool))
+        np.testing.assert_allclose(value, expected[0], atol=1e-4)
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_is_no_reward_model_is_refused(directory, tmp_path):
+    how: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "max_tokens": 64}
+    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*expected a reward model.*found an encoder"):
+        oracles.reward_model(str(directory), **how)
+    hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
+    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*found a decoder with an unembedding"):
+        oracles.reward_model(str(tmp_path / "decoder"), **how)
+    config = tmp_path / "decoder" / "config.json"
+    named = {"architectures": ["LlamaForSequenceClassification"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*SequenceClassification with 2 labels"):
+        oracles.reward_model(str(tmp_path / "decoder"), **how)
