@@ -9,6 +9,7 @@ import optax
 from flax import struct
 
 from sea_jax import experience
+from sea_jax.models import partition
 from sea_jax.types import Array, Params
 
 
@@ -22,6 +23,10 @@ class EnsembleConfig:
       learning_rate: Adam's.
       weight_decay: L2 added to the gradient before Adam.
       anchor_strength: lambda of Eq. 8, the pull of each head towards its own initial weights.
+      anchor: what lambda weighs: "prior", (1 / N) ||phi_k - phi_k^0||^2 of every head, N the labels collected; or "mean",
+        (batch_size / N) times the mean of (phi - phi^0)^2 over all parameters of all heads (the authors' code).
+      nll: how the heads' negative log-likelihoods are put together, "sum" (Eq. 8) or "mean" (the authors' code): Adam takes
+        no notice of the scale itself, but weight decay and anchor weigh K times as much against a mean.
       steps: m, gradient steps per round.
       batch_size: pairs per gradient step, drawn from the replay.
     """
@@ -31,6 +36,8 @@ class EnsembleConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 5e-5
     anchor_strength: float = 0.5
+    anchor: str = "prior"
+    nll: str = "sum"
     steps: int = 5
     batch_size: int = 128
 
@@ -137,6 +144,12 @@ def rewards(ensemble: Ensemble, features: Array) -> Array:
     return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised)
 
 
+def _anchor_weight(config: EnsembleConfig, num_parameters: int, num_labels: Array) -> Array:
+    """What every squared distance between a parameter and its anchor weighs; num_parameters: of all heads together."""
+    weight = config.anchor_strength / jnp.maximum(num_labels, 1)
+    return weight * (config.batch_size / num_parameters) if config.anchor == "mean" else weight
+
+
 def _head_loss(
     head: Params, anchor: Params, features: Array, labels: Array, weights: Array, anchor_weight: Array
 ) -> tuple[Array, Array]:
@@ -157,8 +170,8 @@ def update(
 ) -> tuple[Ensemble, dict[str, Array]]:
     """Takes m Adam steps on the regularised negative log-likelihood (SEA paper, Eq. 8), in one scan.
 
-    The regulariser is read as the Gaussian prior that posterior sampling needs, + (lambda / N) ||phi_k - phi_k^0||^2 with N
-    the labels collected: the paper prints it with a minus sign inside a loss that is minimised.
+    By default the regulariser is read as the Gaussian prior that posterior sampling needs, + (lambda / N) ||phi_k - phi_k^0||^2
+    with N the labels collected: the paper prints it with a minus sign inside a loss that is minimised.
 
     Args:
       ensemble: Ensemble.
@@ -167,21 +180,23 @@ def update(
       config: EnsembleConfig.
 
     Returns:
-      Ensemble and {"loss", "accuracy"}: scalars of the last step, mean over heads.
+      Ensemble and {"loss", "accuracy"}: scalars of the last step, mean over heads, the likelihood at weight 1.
     """
     transformation = optimizer(config)
-    anchor_weight = config.anchor_strength / jnp.maximum(replay.added, 1)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(ensemble.heads))
+    anchor_weight = _anchor_weight(config, num_parameters, replay.added)
+    nll_weight = 1 / config.num_heads if config.nll == "mean" else 1.0  # of each head in the sum that is minimised
 
     def step(carry: tuple[Params, Any], key: Array) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
         heads, opt_state = carry
-        features, labels, weights = experience.sample(replay, config.batch_size, key)
+        features, labels, weights = partition.batches(experience.sample(replay, config.batch_size, key))
         standardised = (features - ensemble.shift) * ensemble.scale
 
         def total_loss(heads: Params) -> tuple[Array, tuple[Array, Array]]:
             loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, None, None, None, None))(
-                heads, ensemble.anchor, standardised, labels, weights, anchor_weight
+                heads, ensemble.anchor, standardised, labels, weights, anchor_weight / nll_weight
             )
-            return loss.sum(), (loss.mean(), accuracy.mean())
+            return nll_weight * loss.sum(), (loss.mean(), accuracy.mean())
 
         gradients, report = jax.grad(total_loss, has_aux=True)(heads)
         updates, opt_state = transformation.update(gradients, opt_state, heads)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sea_jax.models import decoder
+from sea_jax.models import decoder, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, Candidates, Params, Prompts
 
@@ -147,7 +147,10 @@ def generate(
     """
     num_prompts, num_samples, max_new_tokens = prompts.tokens.shape[0], sampling.num_samples, sampling.max_new_tokens
     params = jax.tree.map(lambda leaf: leaf.astype(sampling.dtype), params)  # once, not at every token
-    stacks, unembedding = params["stacks"], decoder.unembedding(params)
+    stacks = params["stacks"]
+    embedding = partition.constrain(params["embed"], "vocab")
+    unembedding = partition.constrain(decoder.unembedding(params), "vocab")
+    prompts = partition.batches(prompts)
 
     streams = decoder.embed(params, config, prompts.tokens, prompts.valid, dtype=sampling.dtype)
     prompt_kv = []
@@ -158,7 +161,7 @@ def generate(
 
     def feed(state: _State, token: Array) -> tuple[Array, Array, tuple[decoder.KV, ...]]:
         """Runs one token [B, M] through the layers: hidden [B, M, d], features [B, M, d], caches."""
-        hidden = params["embed"][token].astype(sampling.dtype)
+        hidden = embedding[token]
         caches, features = [], None
         for index, (stack, kv, cache) in enumerate(zip(stacks, prompt_kv, state.caches, strict=True)):
             hidden, cache = decoder.decode(stack, config, hidden, kv, prompts.valid, cache, state.step)
@@ -172,7 +175,7 @@ def generate(
         logits = jnp.einsum(
             "nd,vd->nv", state.hidden.reshape(-1, last.shape[-1]), unembedding, preferred_element_type=jnp.float32
         )
-        token, logprob = choose(logits, jax.random.fold_in(key, state.step), sampling)
+        token, logprob = choose(partition.constrain(logits, "batch"), jax.random.fold_in(key, state.step), sampling)
         token = jnp.where(state.done, sampling.pad_id, token.reshape(state.done.shape))
         logprob = jnp.where(state.done, 0.0, logprob.reshape(state.done.shape))
         hidden, features, caches = feed(state, token)
@@ -199,12 +202,13 @@ def generate(
         caches=tuple(decoder.empty_cache(s, config, *shape, max_new_tokens, sampling.dtype) for s in stacks),
     )
     end = jax.lax.while_loop(lambda state: (state.step < max_new_tokens) & ~state.done.all(), write, start)
-    return Candidates(
+    candidates = Candidates(
         tokens=end.tokens,
         lengths=end.lengths,
         logprobs=end.logprobs,
         features=end.feature_sum / jnp.maximum(end.lengths, 1)[..., None],
     )
+    return partition.whole(candidates)
 
 
 @partial(jax.jit, static_argnames=("config", "feature_stack", "dtype"))
@@ -239,4 +243,4 @@ def response_features(
     assert streams.responses is not None
     hidden = streams.responses if feature_stack is not None else decoder.final(params, config, streams.responses)
     hidden = jnp.where(valid[..., None], hidden.astype(jnp.float32), 0)
-    return hidden.sum(2) / lengths[..., None]
+    return partition.whole(hidden.sum(2) / lengths[..., None])

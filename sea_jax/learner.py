@@ -15,7 +15,7 @@ import optax
 from flax import struct
 
 from sea_jax import logprobs, losses
-from sea_jax.models import decoder
+from sea_jax.models import decoder, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
 
@@ -134,7 +134,7 @@ def init(trained: Params, config: LearnerConfig) -> Learner:
     """Returns the learner's state before the first step.
 
     Args:
-      trained: the trained part of the parameters; copied, since `update` donates its buffers.
+      trained: the trained part of the parameters, as arrays of the host or, copied since `update` donates them, of devices.
       config: LearnerConfig.
 
     Returns:
@@ -265,8 +265,13 @@ def update(
       gradient_norm (before clipping), learning_rate.
     """
     count = batch.labels.shape[0] // learner_config.microbatch_size
-    microbatches = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-    gradient = jax.grad(_loss, has_aux=True)
+    # Every count-th pair to a microbatch: each then has pairs of every device that the batch is divided over.
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), partition.batches(batch))
+    specs = decoder.specs(config, learner.trained)
+
+    def gradient(*arguments: Any) -> tuple[Params, dict[str, Array]]:
+        of_trained, sums = jax.grad(_loss, has_aux=True)(*arguments)
+        return partition.as_stored(of_trained, specs), sums
 
     def accumulate(
         carry: tuple[Params, dict[str, Array]], microbatch: PreferenceBatch
@@ -281,12 +286,14 @@ def update(
             lambda m: gradient(learner.trained, frozen, reference, m, loss, config, learner_config),
             jax.tree.map(lambda x: x[0], microbatches),
         )
-        sums, _ = jax.lax.scan(accumulate, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), microbatches)
+        of_trained, of_report = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sums, _ = jax.lax.scan(accumulate, (partition.as_stored(of_trained, specs), of_report), microbatches)
     total = batch.weights.sum()
     gradients, report = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), sums)
     updates, opt_state = optimizer(learner_config).update(gradients, learner.opt_state, learner.trained)
     new = Learner(trained=optax.apply_updates(learner.trained, updates), opt_state=opt_state, step=learner.step + 1)
     new = jax.tree.map(lambda after, before: jnp.where(total > 0, after, before), new, learner)
     report["gradient_norm"] = optax.global_norm(gradients)
+    report = partition.whole(report)
     report["learning_rate"] = schedule(learner_config)(learner.step)
     return new, report

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sea_jax.models import decoder
+from sea_jax.models import decoder, partition
 from sea_jax.types import Array, Params
 
 CHUNK = 8192  # vocabulary entries whose logits are held at a time
@@ -37,8 +37,9 @@ def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: 
     count = _num_chunks(vocab_size, chunk)
     size = -(-vocab_size // count)
     padding = count * size - vocab_size
-    blocks = jnp.pad(unembedding, ((0, padding), (0, 0))).reshape(count, size, num_features)
-    starts = jnp.arange(count) * size
+    # Every count-th row to a block: a vocabulary that is divided over a mesh in long runs is so in every block too.
+    blocks = jnp.pad(unembedding, ((0, padding), (0, 0))).reshape(size, count, num_features).swapaxes(0, 1)
+    starts = jnp.arange(count)  # the block's first entry; the others follow at a distance of count
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(carry: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
@@ -46,7 +47,7 @@ def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: 
         weights, start = block
         logits = jnp.einsum("nd,vd->nv", hidden, weights, preferred_element_type=jnp.float32)
         if padding:
-            logits = jnp.where(start + jnp.arange(size) < vocab_size, logits, -jnp.inf)
+            logits = jnp.where(start + count * jnp.arange(size) < vocab_size, logits, -jnp.inf)
         new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(-1)))
         total = total * jnp.exp(maximum - new_maximum) + jnp.exp(logits - new_maximum[:, None]).sum(-1)
         return (new_maximum, total), None
@@ -73,7 +74,7 @@ def response_logprobs(params: Params, config: decoder.ModelConfig, streams: deco
     assert streams.responses_valid is not None
     last_prompt = jnp.broadcast_to(streams.prompt[:, None, -1:], (*tokens.shape[:2], 1, streams.prompt.shape[-1]))
     hidden = jnp.concatenate([last_prompt, streams.responses[:, :, :-1]], axis=2)
-    hidden = decoder.final(params, config, hidden).reshape(-1, hidden.shape[-1])
-    unembedding = decoder.unembedding(params).astype(hidden.dtype)
+    hidden = partition.constrain(decoder.final(params, config, hidden), "batch").reshape(-1, hidden.shape[-1])
+    unembedding = partition.constrain(decoder.unembedding(params).astype(hidden.dtype), "vocab")
     values = token_logprobs(hidden, unembedding, tokens.reshape(-1)).reshape(tokens.shape)
     return jnp.where(streams.responses_valid, values, 0.0)

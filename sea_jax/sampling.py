@@ -2,6 +2,7 @@
 
 A rule is `rule(rewards [K, B, M], distinct [B, M, M], key) -> Duel`. `distinct[b, i, j]` says that the texts of candidates i
 and j differ: two identical texts tell an oracle nothing, so a rule picks among the distinct pairs wherever there are any.
+The rules named _oat are those of the authors' code (https://github.com/sail-sg/oat) where it departs from the paper.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,30 @@ def _best_pair(score: Array, distinct: Array) -> Duel:
     num_candidates = score.shape[-1]
     best = jnp.where(distinct, score, NEVER).reshape(score.shape[0], -1).argmax(-1).astype(jnp.int32)
     return Duel(first=best // num_candidates, second=best % num_candidates)
+
+
+def _first_to_differ(rewards: Array, distinct: Array, order: Array) -> Duel:
+    """The first head's best against that of the next head that differs: heads taken by order [B, K] -> Duel [B]."""
+    shuffled = jnp.take_along_axis(rewards.swapaxes(0, 1), order[:, :, None], axis=1)  # [B, K, M]
+    best = shuffled.argmax(-1)  # [B, K]
+    first = best[:, 0]
+    candidates = _differs_from(distinct, first)  # [B, M]
+    other = jnp.take_along_axis(candidates, best, axis=1)  # [B, K]: this head's best differs from the first
+    redrawn = jnp.take_along_axis(best, other.argmax(-1)[:, None], axis=1)[:, 0]
+    runner_up = jnp.where(candidates, shuffled[:, 0], NEVER).argmax(-1)
+    second = jnp.where(other.any(-1), redrawn, runner_up)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+
+
+def _margins(rewards: Array, first: Array) -> Array:
+    """Every head's logit of the first response against each candidate: rewards [K, B, M], first [B] -> [K, B, M]."""
+    return jnp.take_along_axis(rewards, first[None, :, None], axis=2) - rewards
+
+
+def _most_disputed(first: Array, views: Array, distinct: Array) -> Duel:
+    """The first response against the one on which the heads' views [K, B, M] vary most."""
+    second = jnp.where(_differs_from(distinct, first), views.var(0), NEVER).argmax(-1)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
 
 
 def passive(rewards: Array, distinct: Array, key: Array) -> Duel:
@@ -65,15 +90,25 @@ def ee_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
     num_heads, num_prompts, _ = rewards.shape
     keys = jax.random.split(key, num_prompts)
     order = jax.vmap(lambda k: jax.random.permutation(k, num_heads))(keys)  # [B, K]
-    shuffled = jnp.take_along_axis(rewards.swapaxes(0, 1), order[:, :, None], axis=1)  # [B, K, M]
-    best = shuffled.argmax(-1)  # [B, K]
-    first = best[:, 0]
-    candidates = _differs_from(distinct, first)  # [B, M]
-    other = jnp.take_along_axis(candidates, best, axis=1)  # [B, K]: this head's best differs from the first
-    redrawn = jnp.take_along_axis(best, other.argmax(-1)[:, None], axis=1)[:, 0]
-    runner_up = jnp.where(candidates, shuffled[:, 0], NEVER).argmax(-1)
-    second = jnp.where(other.any(-1), redrawn, runner_up)
-    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+    return _first_to_differ(rewards, distinct, order)
+
+
+def ee_ts_oat(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """As `ee_ts`, but the heads are shuffled once for all prompts of the call, as the authors' code does.
+
+    Its fallback to the second best, an option there, is always taken: a prompt on which all heads agree would be lost.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B].
+    """
+    num_heads, num_prompts, _ = rewards.shape
+    order = jax.random.permutation(key, num_heads)
+    return _first_to_differ(rewards, distinct, jnp.broadcast_to(order, (num_prompts, num_heads)))
 
 
 def bai_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
@@ -88,10 +123,37 @@ def bai_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
       Duel, [B]: the best under a random head, against the response whose preference the heads dispute most.
     """
     first = _random_head(rewards, key).argmax(-1)
-    first_reward = jnp.take_along_axis(rewards, first[None, :, None], axis=2)
-    disagreement = jax.nn.sigmoid(first_reward - rewards).var(0)  # [B, M]
-    second = jnp.where(_differs_from(distinct, first), disagreement, NEVER).argmax(-1)
-    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+    return _most_disputed(first, jax.nn.sigmoid(_margins(rewards, first)), distinct)
+
+
+def bai_ts_logits(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """As `bai_ts`, but by the variance of the logit instead of the preference's, as in the authors' code.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B].
+    """
+    first = _random_head(rewards, key).argmax(-1)
+    return _most_disputed(first, _margins(rewards, first), distinct)
+
+
+def bai_ts_oat(rewards: Array, distinct: Array, key: Array) -> Duel:
+    """As `bai_ts_logits`, but one random head chooses for all prompts of the call: both departures of the authors' code.
+
+    Args:
+      rewards: [K, B, M] float32.
+      distinct: [B, M, M] bool, whether two candidates' texts differ.
+      key: random key.
+
+    Returns:
+      Duel, [B].
+    """
+    first = rewards[jax.random.randint(key, (), 0, rewards.shape[0])].argmax(-1)
+    return _most_disputed(first, _margins(rewards, first), distinct)
 
 
 def uncertainty(rewards: Array, distinct: Array, key: Array) -> Duel:
@@ -145,6 +207,9 @@ RULES: Mapping[str, DuelRule] = {
     "uncertainty": uncertainty,
     "max_margin": max_margin,
     "best_against_worst": best_against_worst,
+    "ee_ts_oat": ee_ts_oat,
+    "bai_ts_logits": bai_ts_logits,
+    "bai_ts_oat": bai_ts_oat,
 }
 
 

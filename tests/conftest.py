@@ -5,11 +5,15 @@ from pathlib import Path
 
 import gguf
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
 from sea_jax import builtin, tokenizer
+
+# As many as the meshes of tests/test_sharding.py need; what sets no mesh uses the first alone.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # The first example of a property compiles and would miss any deadline.
 hypothesis.settings.register_profile("compiled", deadline=None, max_examples=50)

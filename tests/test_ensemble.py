@@ -185,6 +185,59 @@ def test_the_prior_weighs_lambda_over_n():
         assert distance(learnt.heads) < distance(state.heads)
 
 
+TWO = EnsembleConfig(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)
+
+
+def gradient_and_loss(state: Ensemble, pairs: np.ndarray, config: EnsembleConfig) -> tuple[Params, float]:
+    """What Adam is given for N pairs [N, 2, 1] won by the first response, and the loss that is reported."""
+    count = len(pairs)
+    held = ADD(experience.empty_replay(4, 1), pairs, np.ones(count, np.float32), np.ones(count, bool))
+    learnt, report = UPDATE(state, held, jax.random.key(0), config)
+    first_moment = optax.tree_utils.tree_get(learnt.opt_state, "mu")
+    return jax.tree.map(lambda m: 10 * np.asarray(m), first_moment), float(report["loss"])
+
+
+def test_the_authors_anchor_averages_over_all_parameters_and_grows_with_the_batch():
+    config = dataclasses.replace(TWO, anchor="mean", nll="mean", anchor_strength=0.5)
+    state = initial(config, 1)
+    # 12 parameters in all, two of them away from their anchors: the mean of the squares is (0.36 + 0.09) / 12 = 0.0375.
+    heads = state.heads | {
+        "b3": state.heads["b3"].at[0].add(0.6),
+        "w1": state.heads["w1"].at[1, 0, 0].add(-0.3),
+    }
+    state = dataclasses.replace(state, heads=heads)
+    # Four pairs of twins, whose likelihood is log 2 whatever the heads say: lambda batch / N = 0.5 * 16 / 4 = 2.
+    gradient, loss = gradient_and_loss(state, np.ones((4, 2, 1), np.float32), config)
+    assert loss == pytest.approx(0.693147 + 2 * 0.0375, abs=1e-6)
+    expected = jax.tree.map(lambda w: np.zeros(w.shape), state.heads)
+    expected["b3"][0] = 2 * 2 * 0.6 / 12
+    expected["w1"][1, 0, 0] = -2 * 2 * 0.3 / 12
+    assert_trees_close(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nll", "anchor_strength", "weight_decay", "expected", "loss"),
+    [
+        # Logits 2 and -1 of a pair won by the first: losses 0.126928 and 1.313262, slopes -sigmoid(-2) and -sigmoid(1).
+        ("sum", 0.0, 0.0, (-0.119203, -0.731059), 0.720095),
+        ("mean", 0.0, 0.0, (-0.059601, -0.365529), 0.720095),
+        # Weight decay 0.02 * (2, -1), and the pull 2 * 0.7 / 1 * (0.5, 0.25) to the anchors, are the same either way.
+        ("sum", 0.7, 0.02, (-0.119203 + 0.04 + 0.7, -0.731059 - 0.02 + 0.35), 0.720095 + 0.7 * (0.25 + 0.0625) / 2),
+        ("mean", 0.7, 0.02, (-0.059601 + 0.04 + 0.7, -0.365529 - 0.02 + 0.35), 0.720095 + 0.7 * (0.25 + 0.0625)),
+    ],
+)
+def test_the_likelihood_is_summed_over_heads_or_averaged(nll, anchor_strength, weight_decay, expected, loss):
+    config = dataclasses.replace(TWO, nll=nll, anchor_strength=anchor_strength, weight_decay=weight_decay)
+    state = initial(config, 1)
+    ones, zeros = (jax.tree.map(like, state.heads) for like in (jnp.ones_like, jnp.zeros_like))
+    heads = zeros | {"w1": ones["w1"], "w2": ones["w2"], "w3": jnp.array([[2.0], [-1.0]])}
+    anchor = heads | {"w3": jnp.array([[1.5], [-1.25]])}
+    state = dataclasses.replace(state, heads=heads, anchor=anchor)
+    gradient, reported = gradient_and_loss(state, np.array([[[1.0], [0.0]]], np.float32), config)
+    np.testing.assert_allclose(gradient["w3"][:, 0], expected, atol=2e-6)
+    assert reported == pytest.approx(loss, abs=2e-6)
+
+
 def test_an_empty_replay_changes_nothing():
     state = moved(initial())
     learnt, _ = UPDATE(state, experience.empty_replay(8, D), jax.random.key(1), SMALL)

@@ -62,12 +62,41 @@ def test_passive_takes_the_first_samples_that_differ():
     np.testing.assert_array_equal(duel.second, [1, 2, 3])
 
 
-@pytest.mark.parametrize("name", ["ee_ts", "bai_ts", "max_margin"])
+@pytest.mark.parametrize("name", ["ee_ts", "bai_ts", "bai_ts_logits", "max_margin"])
 def test_every_prompt_draws_a_head_of_its_own_uniformly(name):
     num_prompts = 400
     duel = JITTED[name](for_prompts(np.eye(4), num_prompts), all_distinct(num_prompts, 4), jax.random.key(0))
     counts = np.bincount(duel.first, minlength=4)  # head k likes candidate k alone
     assert stats.chisquare(counts).pvalue > 0.01
+
+
+def over_keys(name: str, rewards: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and second responses [count, B] of so many calls, no two candidates alike."""
+    rule = jax.vmap(sampling.RULES[name], in_axes=(None, None, 0))
+    duels = jax.jit(rule)(rewards, all_distinct(*rewards.shape[1:]), jax.random.split(jax.random.key(0), count))
+    return np.asarray(duels.first), np.asarray(duels.second)
+
+
+@pytest.mark.parametrize("name", ["ee_ts_oat", "bai_ts_oat"])
+def test_the_authors_rules_draw_one_head_per_call_uniformly(name):
+    first, _ = over_keys(name, for_prompts(np.eye(4), 3), 400)  # head k likes candidate k alone
+    assert (first == first[:, :1]).all()
+    assert stats.chisquare(np.bincount(first[:, 0], minlength=4)).pvalue > 0.01
+
+
+def test_ee_ts_oat_takes_the_heads_in_one_order_for_all_prompts():
+    # Prompt 0: head k likes candidate k alone. Prompt 1: heads 0 to 2 like candidate 0, head 3 candidate 1.
+    # Prompt 2: all like candidate 0 best and the one that prompt 0 names after them (0 after head 3) next.
+    agreed = np.array([[9, 5, 0, 0], [9, 0, 5, 0], [9, 0, 0, 5], [9, 5, 0, 0]])
+    rewards = np.stack([np.eye(4), np.eye(4)[[0, 0, 0, 1]], agreed], axis=1).astype(np.float32)
+    first, second = over_keys("ee_ts_oat", rewards, 600)
+    pairs = np.bincount(first[:, 0] * 4 + second[:, 0], minlength=16).reshape(4, 4)
+    assert (np.diag(pairs) == 0).all()
+    assert stats.chisquare(pairs[~np.eye(4, dtype=bool)]).pvalue > 0.01
+    np.testing.assert_array_equal(first[:, 1], first[:, 0] == 3)
+    np.testing.assert_array_equal(second[:, 1], first[:, 0] != 3)
+    np.testing.assert_array_equal(first[:, 2], 0)
+    np.testing.assert_array_equal(second[:, 2], np.array([1, 2, 3, 1])[first[:, 0]])
 
 
 def test_ee_ts_draws_the_second_head_uniformly_among_those_that_differ():
@@ -99,17 +128,28 @@ def test_ee_ts_falls_back_to_the_drawn_head_when_all_agree():
     assert stats.chisquare(counts[1:3]).pvalue > 0.01
 
 
-def test_bai_ts_takes_the_largest_variance_of_the_preference():
+VIEWS = {"preference": special.expit, "logit": lambda margin: margin}
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "other"),
+    [
+        ("bai_ts", "preference", "logit"),
+        ("bai_ts_logits", "logit", "preference"),
+        ("bai_ts_oat", "logit", "preference"),
+    ],
+)
+def test_bai_ts_takes_the_largest_variance_of_the_preference_or_of_the_logit(name, own, other):
     rewards, distinct = random_rewards(0), all_distinct(40, M)
-    duel = JITTED["bai_ts"](rewards, distinct, jax.random.key(3))
-    numbers, logit_choice = np.asarray(rewards, np.float64), []
+    duel = JITTED[name](rewards, distinct, jax.random.key(3))
+    numbers, other_choice = np.asarray(rewards, np.float64), []
     for row, (first, second) in enumerate(zip(np.asarray(duel.first), np.asarray(duel.second), strict=True)):
         assert first in numbers[:, row].argmax(-1)
         margin = numbers[:, row, first, None] - numbers[:, row]  # [K, M]
-        assert second == special.expit(margin).var(0).argmax()
-        logit_choice.append(margin.var(0).argmax())
-    # The variance of the logits, which saturated preferences inflate, would have chosen otherwise.
-    assert (np.array(logit_choice) != np.asarray(duel.second)).any()
+        assert second == VIEWS[own](margin).var(0).argmax()
+        other_choice.append(VIEWS[other](margin).var(0).argmax())
+    # The two differ: the variance of the logits does not mind that preferences saturate.
+    assert (np.array(other_choice) != np.asarray(duel.second)).any()
 
 
 def test_uncertainty_takes_the_pair_with_the_largest_variance_of_the_margin():

@@ -1,0 +1,97 @@
+"""Several processes, one run: all compute, the first alone asks and writes."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sea_jax.types import Preference
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that asks the oracle and writes the ledger."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns once every process has come here.
+
+    Args:
+      name: of the place, the same in all processes.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_of(flag: bool) -> bool:
+    """Returns whether a flag is set in any process.
+
+    Args:
+      flag: this process's.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def of_first(number: int) -> int:
+    """Returns the first process's number in every process.
+
+    Args:
+      number: this process's.
+    """
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def fetch(tree: Any) -> Any:
+    """Brings arrays to the host, whole, whichever processes hold their parts.
+
+    Args:
+      tree: arrays.
+
+    Returns:
+      The same tree of numpy arrays.
+    """
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def asked_by_first(preference: Preference) -> Preference:
+    """Lets the first process ask, once, and tells the others the answer.
+
+    Args:
+      preference: answers with N float64.
+
+    Returns:
+      A preference that every process must call, with the same arguments.
+    """
+    if jax.process_count() == 1:
+        return preference
+
+    @functools.wraps(preference)  # whoever asks looks for the parameters of the preference's own
+    def ask(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any) -> np.ndarray:
+        answer, error = np.zeros(len(prompts)), None
+        if is_first():
+            try:
+                answer = np.asarray(preference(prompts, first, second, **names), np.float64)
+            except Exception as raised:
+                error = raised
+        failed = any_of(error is not None)  # the others would wait for an answer for ever
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError("the first process had no answer from the oracle; its message says why")
+        # As bytes: JAX would round float64 to float32.
+        return multihost_utils.broadcast_one_to_all(answer.view(np.uint8)).view(np.float64)
+
+    return ask

@@ -1,0 +1,169 @@
+"""Runs on meshes of eight devices against the same run on one; the devices are the host's, see conftest.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from sea_jax import checkpoint, experience, sharding, train, wiring
+from sea_jax.models import partition
+from tests import sharded_run
+
+ROOT = Path(__file__).parent.parent
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
+
+
+def ledger(workdir: Path) -> list[dict[str, Any]]:
+    with experience.Ledger(workdir / "queries.jsonl", writes=False) as labelled:
+        return [{k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in labelled.lines()]
+
+
+def assert_equal_up_to_rounding(workdir: Path, other: Path) -> None:
+    assert ledger(workdir) == ledger(other)
+    for line, expected in zip(metrics(workdir), metrics(other), strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in line.items():
+            np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-5, err_msg=f"{name} at {line['step']}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    sharded_run.write_models(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_one_device(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    train.train(sharded_run.configured((1, 1, 1), models), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_run_on_a_mesh_has_the_numbers_of_one_device(
+    mesh: tuple[int, ...], models: Path, on_one_device: Path, tmp_path: Path
+) -> None:
+    train.train(sharded_run.configured(mesh, models), tmp_path / "run")
+    assert_equal_up_to_rounding(tmp_path / "run", on_one_device)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run_with_one_ledger_and_one_checkpoint(
+    models: Path, on_one_device: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    workdir = tmp_path / "run"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.sharded_run", "2,2,2", str(workdir), str(models), coordinator]
+    with ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            log = stack.enter_context((tmp_path / f"log-{number}").open("w+"))
+            process = subprocess.Popen([*command, str(number)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            stack.callback(process.kill)
+            processes.append(process)
+        for number, process in enumerate(processes):
+            assert process.wait(timeout=600) == 0, (tmp_path / f"log-{number}").read_text()[-3000:]
+    assert_equal_up_to_rounding(workdir, on_one_device)
+    assert metrics(workdir / "process-1") == metrics(workdir)
+    assert not list(workdir.glob("process-1/queries*"))
+    steps = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert steps == [path.name for path in (on_one_device / "checkpoints").iterdir()]
+
+
+@pytest.fixture
+def cubic() -> Iterator[jax.sharding.Mesh]:
+    mesh = sharding.make((2, 2, 2))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def test_policy_reference_optimiser_and_replay_are_divided_and_so_is_what_is_restored(
+    cubic: jax.sharding.Mesh, models: Path, tmp_path: Path
+) -> None:
+    config = sharded_run.configured((2, 2, 2), models)
+    parts = wiring.parts(config, cubic)
+    state = wiring.initial_state(config, parts, total_steps=10)
+    with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 0, state)
+    with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
+        restored = checkpoint.restore(checkpoints, state)
+    assert restored is not None
+    adam = [state.learner.opt_state[1][0].mu, restored[1].learner.opt_state[1][0].nu]
+    for params in (parts.policy.reference, state.learner.trained, restored[1].learner.trained, *adam):
+        stack = params["stacks"][0]
+        assert stack["q"]["kernel"].sharding.shard_shape((2, 64, 64)) == (2, 32, 32)
+        assert stack["down"]["kernel"].sharding.shard_shape((2, 64, 64)) == (2, 32, 32)
+        assert params["embed"].sharding.shard_shape((258, 64)) == (129, 32)
+        assert stack["attention_norm"]["scale"].is_fully_replicated
+    shape = state.replay.features.shape
+    for replay in (state.replay, restored[1].replay):
+        assert replay.features.sharding.shard_shape(shape) == (shape[0] // 4, *shape[1:])
+
+
+def test_an_axis_that_its_mesh_axes_do_not_divide_stays_whole() -> None:
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    assert partition.spec(("vocab", "embed"), (258, 64), sizes) == PartitionSpec(("tensor",), ("fsdp",))
+    assert partition.spec(("vocab", "embed"), (257, 62), sizes) == PartitionSpec(None, None)
+    assert partition.spec(("batch", None), (16, 3), sizes) == PartitionSpec(("data", "fsdp"), None)
+    assert partition.spec(("layers", "embed"), (2, 64), {**sizes, "fsdp": 1}) == PartitionSpec(None, None)
+
+
+def test_minus_one_takes_the_devices_that_are_left() -> None:
+    assert sharding.resolve((1, -1, 1), 8) == (1, 8, 1)
+    assert sharding.resolve((2, 2, -1), 8) == (2, 2, 2)
+    assert sharding.resolve((1, 1, 1), 8) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, -1, 1), (16, 1, 1), (2, 8, 1), (16, -1, 1)])
+def test_a_mesh_that_the_devices_do_not_make_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"config.mesh=.*there are 8"):
+        sharding.resolve(shape, 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "message"),
+    [
+        ((8, 1, 1), {"data.batch_size": 12, "learner.microbatch_size": 12}, r"data.batch_size=12.*multiple of 8"),
+        ((2, 4, 1), {"learner.microbatch_size": 4}, r"learner.microbatch_size=4.*multiple of 8"),
+        ((1, 8, 1), {"eval.batch_size": 20}, r"eval.batch_size=20.*multiple of 8"),
+        (
+            (1, 1, 8),
+            {"policy.source": "builtin:tiny-random-llama"},
+            r"policy.source: its 4 attention heads.*of 8.*tensor",
+        ),
+        ((1, 1, 4), {"policy.source": "builtin:tiny-random-llama"}, r"policy.source: its 2 key and value heads.*of 4"),
+    ],
+)
+def test_a_mesh_that_divides_neither_batch_nor_heads_is_refused(
+    mesh: tuple[int, ...], fields: dict[str, Any], message: str, models: Path, tmp_path: Path
+) -> None:
+    config = sharded_run.configured(mesh, models)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=message):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_on_another_mesh(on_one_device: Path, models: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.mesh: \[1, 1, 1\] in the work directory, \[2, 1, 1\] now"):
+        train.train(sharded_run.configured((2, 1, 1), models), on_one_device)
