@@ -118,7 +118,8 @@ class JaxStep:
         """
         texts = self.texts(self.candidates())
         first, second = ([row[i] for row, i in zip(texts, self.inputs.duel[:, side], strict=True)] for side in (0, 1))
-        return self.label(posts, first, second, jax.random.split(jax.random.key(seed), len(posts))).label
+        asks = [f"benchmark/{seed}-{row}" for row in range(len(posts))]
+        return self.label(posts, first, second, jax.random.split(jax.random.key(seed), len(posts)), asks).label
 
     def erm(self, seed: int) -> np.ndarray:
         """Computes the rewards of all candidates, then takes the ERM's gradient steps on the replay.

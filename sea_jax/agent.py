@@ -1,6 +1,7 @@
 """The SEA agent: Algorithm 2 of the paper, line by line, for a batch of prompts."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from sea_jax import ensemble, experience, sampling
-from sea_jax.actors import Generate
+from sea_jax.actors import Respond
 from sea_jax.ensemble import Ensemble
 from sea_jax.experience import Ledger, Replay
 from sea_jax.features import Featurize
@@ -31,6 +32,8 @@ class ExplorationConfig:
       max_queries: oracle labels in all.
       gamma: probability that a duel goes to the oracle; else the ERM labels a pair.
       burn_in_queries: gamma is 1 until so many labels are paid for.
+      erm_share: who is left to the ERM: "drawn" (each prompt with probability 1 - gamma) or "fixed" (always
+        floor((1 - gamma) B) random prompts of a batch, the authors' code).
       erm_pair: what the ERM labels: "duel" (the duel's own pair) or "max_margin" (a random head's best and worst).
       erm_label: how: "head" (a random head's choice) or "mean" (the mean over heads of P(first wins)).
       planning_steps: extra policy steps per oracle step, on fresh prompts with ERM-labelled pairs (Dyna).
@@ -40,6 +43,7 @@ class ExplorationConfig:
     max_queries: int
     gamma: float = 0.7
     burn_in_queries: int = 1000
+    erm_share: str = "drawn"
     erm_pair: str = "duel"
     erm_label: str = "head"
     planning_steps: int = 0
@@ -73,7 +77,7 @@ class Agent:
 
     Attributes:
       prompts: batch number -> {"id", "prompt", "tokens" [B, P], "valid" [B, P]}.
-      generate: trained parameters, Prompts, key -> Candidates.
+      respond: batch number, trained parameters, Prompts, key, policy steps -> Candidates, metrics.
       texts: Candidates -> B lists of M response texts.
       features: what the ERM sees of them, [B, M, d].
       rule: the duel rule.
@@ -85,7 +89,7 @@ class Agent:
     """
 
     prompts: Callable[[int], Mapping[str, Any]]
-    generate: Generate
+    respond: Respond
     texts: Callable[[Candidates], list[list[str]]]
     features: Featurize
     rule: DuelRule
@@ -94,6 +98,18 @@ class Agent:
     learn_rewards: Callable[[Ensemble, Replay, Array], tuple[Ensemble, dict[str, Array]]]
     learn_policy: Callable[[Learner, PreferenceBatch], tuple[Learner, dict[str, Array]]]
     exploration: ExplorationConfig
+
+
+KEYS = ("generate", "duel", "gamma", "oracle", "head", "rewards", "plan")  # what a step's key is split for
+
+
+def generation_key(key: Array) -> Array:
+    """Returns the key that a step's responses are drawn with.
+
+    Args:
+      key: random key of the step.
+    """
+    return _named_keys(key, *KEYS)["generate"]
 
 
 def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
@@ -108,10 +124,10 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
       State and the step's metrics.
     """
     metrics: Metrics = {}
-    keys = _named_keys(key, "generate", "duel", "gamma", "oracle", "head", "rewards", "plan")
+    keys = _named_keys(key, *KEYS)
     batch, state = _next_prompts(agent, state)  # line 3
     with _timed(metrics, "actor/generate_time"):
-        proposal = _propose(agent, state, batch, keys["generate"])  # line 4
+        proposal = _propose(agent, state, batch, keys["generate"], metrics)  # line 4
         state = _calibrated(state, proposal.candidates)
         rewards = ensemble.rewards(state.ensemble, proposal.candidates.features)
         duel = agent.rule(rewards, proposal.distinct, keys["duel"])  # lines 5 to 7
@@ -151,7 +167,7 @@ def _plan(agent: Agent, state: State, index: int, key: Array, metrics: Metrics) 
     keys = _named_keys(key, "generate", "duel", "oracle")
     batch, state = _next_prompts(agent, state)
     with _timed(metrics, "plan/generate_time"):
-        proposal = _propose(agent, state, batch, keys["generate"])
+        proposal = _propose(agent, state, batch, keys["generate"], metrics)
         rewards = ensemble.rewards(state.ensemble, proposal.candidates.features)
         duel = sampling.best_against_worst(rewards, proposal.distinct, keys["duel"])
         nobody, to_erm = jnp.zeros(len(batch["id"]), bool), _differ(proposal, duel)
@@ -194,9 +210,11 @@ def _next_prompts(agent: Agent, state: State) -> tuple[Mapping[str, Any], State]
     return agent.prompts(state.batches), replace(state, batches=state.batches + 1)
 
 
-def _propose(agent: Agent, state: State, batch: Mapping[str, Any], key: Array) -> _Proposal:
+def _propose(agent: Agent, state: State, batch: Mapping[str, Any], key: Array, metrics: Metrics) -> _Proposal:
     """Samples M responses per prompt from the current policy."""
-    candidates = agent.generate(state.learner.trained, Prompts(batch["tokens"], batch["valid"]), key)
+    learner, prompts = state.learner, Prompts(batch["tokens"], batch["valid"])
+    candidates, written = agent.respond(state.batches - 1, learner.trained, prompts, key, int(learner.step))
+    metrics |= written
     texts = agent.texts(candidates)
     candidates = replace(candidates, features=agent.features(batch, candidates, texts))
     group = np.array([[row.index(text) for text in row] for row in texts])  # the first candidate with the same text
@@ -221,7 +239,12 @@ def _who_labels(
     """Which rows the oracle labels, and which the ERM: two [B] bool; rows of twins, or beyond the budget, are neither."""
     gamma = config.gamma if state.queries >= config.burn_in_queries else 1.0
     differ = _differ(proposal, duel)
-    oracle_turn = jax.random.uniform(key, differ.shape) < gamma
+    draws = jax.random.uniform(key, differ.shape)
+    if config.erm_share == "fixed":
+        num_oracle = len(draws) - math.floor((1 - gamma) * len(draws) + 1e-9)  # a tenth of ten is one, also in binary
+        oracle_turn = draws.argsort().argsort() < num_oracle
+    else:
+        oracle_turn = draws < gamma
     to_oracle = differ & oracle_turn
     within_budget = jnp.cumsum(to_oracle) <= config.max_queries - state.queries
     return to_oracle & within_budget, differ & ~oracle_turn

@@ -1,15 +1,27 @@
 """Checkpoints with Orbax: the whole state of a run, written in the background, the newest few kept."""
 
-from collections.abc import Iterator
+import functools
+import gc
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 from absl import logging
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from sea_jax import processes
+
 Checkpointer: TypeAlias = ocp.training.Checkpointer
+
+SETTINGS = r"\n| \[tensorstore_spec| See full TensorStore"  # where they begin
 
 
 @contextmanager
@@ -17,18 +29,23 @@ def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
     """Opens a directory of checkpoints; on leaving, waits until the last save is on disk.
 
     Args:
-      directory: made if there is none.
+      directory: made if there is none; what a killed run left half-written in it is removed.
       keep: newest checkpoints kept.
 
     Yields:
       An Orbax checkpointer.
+
+    Raises:
+      OSError: the last save failed.
     """
     policy = ocp.training.preservation_policies.LatestN(keep)
+    _quiet()
     checkpointer = Checkpointer(directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
     try:
         yield checkpointer
     finally:
-        checkpointer.close()
+        with _failures_named(checkpointer):
+            checkpointer.close()
 
 
 def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
@@ -38,36 +55,219 @@ def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
       checkpointer: from `open_directory`.
       step: names the checkpoint; one that is there already is left as it is.
       state: a pytree of arrays and Python numbers.
+
+    Raises:
+      OSError: this save or the one before failed; the checkpoints before it are whole.
     """
-    if checkpointer.latest is not None and checkpointer.latest.step >= step:
-        return
-    checkpointer.save_async(step, state)
+    with _failures_named(checkpointer):
+        checkpointer.wait()
+        if checkpointer.latest is not None and checkpointer.latest.step >= step:
+            return
+        checkpointer.save_async(step, state, force=True)  # by itself Orbax leaves saves out that come too fast
+
+
+def abstract(state: Any) -> Any:
+    """Returns what a state looks like, without its values.
+
+    Args:
+      state: a pytree of arrays and Python numbers.
+
+    Returns:
+      The same tree with a jax.ShapeDtypeStruct, shardings included, for each array.
+    """
+
+    def describe(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(describe, state)
 
 
 def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
-    """Reads the newest checkpoint that can be read; one that is damaged is passed over with a warning.
+    """Reads the newest checkpoint that can be read; one that is damaged is passed over and set aside with a warning.
 
     Args:
       checkpointer: from `open_directory`.
-      like: a state of the same structure, shapes and dtypes.
+      like: a state of the same structure, shapes and dtypes, or what `abstract` says of one.
 
     Returns:
       (step, state), or None if there is no checkpoint.
 
     Raises:
-      ValueError: there are checkpoints and none can be read.
+      ValueError: a checkpoint is of another model, or there are checkpoints and none can be read.
     """
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, like
-    )
-    found = sorted((metadata.step for metadata in checkpointer.checkpoints), reverse=True)
-    reason: Exception | None = None
-    for step in found:
-        try:
-            return step, checkpointer.load(step, abstract)
-        except (ValueError, OSError, KeyError) as error:
-            logging.warning("checkpoint %d cannot be read and is passed over: %s", step, error)
-            reason = error
-    if found:
-        raise ValueError(f"none of the checkpoints {found} can be read; the oldest says: {reason}") from reason
+    like = abstract(like)
+    damaged: dict[int, str] = {}
+    for step in sorted((metadata.step for metadata in checkpointer.checkpoints), reverse=True):
+        with _hushed():
+            try:
+                difference = _difference(checkpointer.metadata(step).metadata, like)
+                state = None if difference else checkpointer.load(step, like)
+            except (ValueError, OSError, KeyError) as error:
+                damaged[step] = _damage(error)
+                continue
+        if difference:
+            raise ValueError(
+                f"{checkpointer.directory / str(step)} is a checkpoint of another model: {difference}. Go on with the settings "
+                "and the version that wrote it, or start anew with another --workdir"
+            )
+        _set_aside(checkpointer, damaged)
+        return step, state
+    if damaged:
+        raise ValueError(
+            f"{checkpointer.directory}: none of the checkpoints {sorted(damaged)} can be read; the newest says: "
+            f"{damaged[max(damaged)]}. Move the directory away to begin at step 0 again: the labels that are paid for are "
+            "taken from the ledger"
+        )
     return None
+
+
+def steps(directory: Path) -> list[int]:
+    """Returns the steps whose checkpoints a directory holds; nothing in it is touched.
+
+    Args:
+      directory: need not exist.
+
+    Returns:
+      Steps, ascending.
+    """
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def read(directory: Path, parts: Mapping[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Reads parts of a saved state; nothing in the directory is touched, so that a run may be writing there.
+
+    Args:
+      directory: that `open_directory` was given.
+      parts: path in the state, such as learner/trained -> what stands there, as arrays or as shapes with shardings.
+      step: of the checkpoint; None: the newest one that can be read, others are passed over with a warning.
+
+    Returns:
+      The step, and the parts by the same names.
+
+    Raises:
+      ValueError: the checkpoint is of another model, or none can be read.
+    """
+    _quiet()
+    wanted = unflatten_dict(dict(parts), sep="/")
+    partly = ocp.Context()
+    partly.pytree.loading.partial_load = True
+    damaged: dict[int, str] = {}
+    while True:  # the run may remove a checkpoint while it is read, but not without having written newer ones
+        untried = [found for found in steps(directory) if found not in damaged and step in (None, found)]
+        newest = processes.of_first(max(untried, default=-1))
+        if newest < 0:
+            break
+        path = directory.absolute() / str(newest)
+        with _hushed(), partly:
+            try:
+                difference = _difference(ocp.metadata(path).metadata, wanted, parts)
+                state: Any = None if difference else ocp.load(path, wanted)
+            except (ValueError, OSError, KeyError) as error:
+                damaged[newest] = _damage(error)
+        if newest in damaged:
+            if step is None and path.exists():
+                logging.warning("%s cannot be read and is passed over: %s", path, damaged[newest])
+            continue
+        if difference:
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {difference}. Is the model that config.json names as policy.source "
+                "still the one that was trained, and this the version of sea_jax that wrote it?"
+            )
+        return newest, {name: functools.reduce(lambda tree, key: tree[key], name.split("/"), state) for name in parts}
+    named = f"the checkpoint of step {step}" if step is not None else "a checkpoint"
+    reason = damaged[max(damaged)] if damaged else "there is none"
+    raise ValueError(f"{directory}: {named} cannot be read: {reason}; those there are: {steps(directory)}")
+
+
+def _difference(found: Any, expected: Any, parts: Iterable[str] = ()) -> str:
+    """Names the first leaf in which a checkpoint's tree, or parts of it, and the expected one differ; empty if none does."""
+    here, there = _leaves(expected), _leaves(found)
+    if not there:  # what Orbax says of a tree that it cannot read; reading the checkpoint shows whether it is damaged
+        return ""
+    if parts:
+        there = {name: kind for name, kind in there.items() if any(f"{name}/".startswith(f"{part}/") for part in parts)}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            return f"{name} is {there.get(name, 'missing')} there, and {here.get(name, 'missing')} here"
+    return ""
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """What stands where: learner/trained/final_norm/scale -> float32[32]."""
+
+    def kind(leaf: Any) -> str:
+        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): kind(leaf) for path, leaf in leaves}
+
+
+def _damage(error: Exception) -> str:
+    """What is wrong with a checkpoint. Orbax wraps whatever comes up while it reads; what tells of no damage is raised."""
+    cause = error.__cause__ or error
+    if isinstance(cause, Exception) and not isinstance(cause, MemoryError | RuntimeError):
+        return _shown(cause)
+    raise cause  # Ctrl-C, or a device without room
+
+
+def _shown(error: Exception) -> str:
+    """What an error says, without the pages of settings that TensorStore puts behind it."""
+    return f"{type(error).__name__}: {re.split(SETTINGS, str(error))[0]}"
+
+
+def _set_aside(checkpointer: Checkpointer, damaged: Mapping[int, str]) -> None:
+    """Renames damaged checkpoints, so that they do not stand where the run will save, or count as kept."""
+    for step, reason in damaged.items():
+        path = Path(checkpointer.directory) / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        logging.warning("%s cannot be read and is passed over, now as %s: %s", path, aside.name, reason)
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if damaged:
+        processes.wait("damaged checkpoints")
+        checkpointer.reload()
+
+
+@contextmanager
+def _failures_named(checkpointer: Checkpointer) -> Iterator[None]:
+    """Turns whatever a save raises, or the one before it in the background, into one error that tells where."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        latest = checkpointer.latest
+        last = f"the last whole one is that of step {latest.step}" if latest else "there is none before it"
+        raise OSError(
+            f"{checkpointer.directory}: a checkpoint could not be written, {last}: {_shown(error)}. Make room and start the "
+            "same command again: it goes on from there"
+        ) from error
+
+
+def _quiet() -> None:
+    """Keeps back what Orbax logs: whatever goes wrong is raised besides, and said once, in a line instead of pages."""
+    for logger in (logging.get_absl_logger(), getLogger()):
+        logger.addFilter(_not_orbax)  # it stays, since threads of a save that failed may log for a while
+
+
+def _not_orbax(record: LogRecord) -> bool:
+    return "/orbax/" not in record.pathname or logging.level_debug()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps back the complaints of what Orbax leaves unfinished when a checkpoint cannot be read; the reason is raised."""
+
+    def nothing(_: Any) -> bool:
+        return False
+
+    logger, hook = getLogger("asyncio"), sys.unraisablehook
+    logger.addFilter(nothing)
+    sys.unraisablehook = nothing
+    try:
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            yield
+            gc.collect()
+    finally:
+        logger.removeFilter(nothing)
+        sys.unraisablehook = hook

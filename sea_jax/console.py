@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
@@ -14,21 +15,29 @@ from sea_jax.metrics import NotFiniteError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT of the first, or auto where the cluster (Slurm, TPU, ...) tells."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator=HOST:PORT: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.")
+
 PACKAGE = str(Path(__file__).parent)
 QUOTES = "\"'\\"  # around the names in a KeyError's text
 FORESEEN = (ValueError, OSError, LedgerError, NotFiniteError)
 
 
-def run(job: Callable[[], None]) -> None:
+def run(job: Callable[[], None], required: str = "config") -> None:
     """Parses the flags and does the job; a foreseen error becomes one message and exit status 1.
 
     Args:
       job: reads the flags and does everything.
+      required: name of the flag that must be given.
     """
 
     def main(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
-            sys.exit(f"error: unexpected arguments {arguments[1:]}; fields are set as --config.FIELD=VALUE")
+            hint = "; fields are set as --config.FIELD=VALUE" if required == CONFIG.name else ""
+            sys.exit(f"error: unexpected arguments {arguments[1:]}{hint}")
         quiet_libraries()
         try:
             job()
@@ -37,8 +46,24 @@ def run(job: Callable[[], None]) -> None:
                 raise
             sys.exit(f"error: {error}")
 
-    flags.mark_flag_as_required("config")
+    flags.mark_flag_as_required(required)
     app.run(main, flags_parser=parse)
+
+
+def join_processes() -> None:
+    """Joins the processes of a run that the flags speak of; without --coordinator this process is alone.
+
+    Raises:
+      ValueError: the flags do not name all that is needed.
+    """
+    if not COORDINATOR.value:
+        return
+    if COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+        return
+    if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
+        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id too")
+    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def parse(arguments: Sequence[str]) -> Sequence[str]:
@@ -53,7 +78,10 @@ def parse(arguments: Sequence[str]) -> Sequence[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
-        sys.exit(f"error: {error}; --help lists the flags")
+        lines = str(error).strip().splitlines()
+        # A configuration file that raises comes with its whole traceback, of which the last line says why.
+        reason = f"--config: {lines[-1]}" if any(line.startswith("Traceback") for line in lines) else str(error)
+        sys.exit(f"error: {reason}; --help lists the flags")
     except (AttributeError, KeyError) as error:  # raised by a locked configuration for a field that it does not have
         overrides = ", ".join(argument for argument in arguments if argument.startswith("--config."))
         sys.exit(

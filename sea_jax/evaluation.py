@@ -32,13 +32,14 @@ class Responses:
     lengths: np.ndarray
 
 
-def greedy(generate: Generate, texts: Texts, trained: Params, heldout: HeldOut) -> Responses:
+def greedy(generate: Generate, texts: Texts, trained: Params, version: int, heldout: HeldOut) -> Responses:
     """Writes the most probable response to every held-out prompt, token by token.
 
     Args:
       generate: an actor with one sample per prompt and temperature 0.
       texts: Candidates -> B lists of M texts.
       trained: the trained part of the policy's parameters.
+      version: how many policy steps made them.
       heldout: batches and masks.
 
     Returns:
@@ -47,7 +48,7 @@ def greedy(generate: Generate, texts: Texts, trained: Params, heldout: HeldOut) 
     written: list[str] = []
     lengths: list[np.ndarray] = []
     for batch, counts in heldout:
-        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.key(0))
+        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.key(0), version)
         written += [row[0] for row, count in zip(texts(candidates), counts, strict=True) if count]
         lengths.append(np.asarray(candidates.lengths)[counts, 0])
     return Responses(written, np.concatenate(lengths))
@@ -58,6 +59,7 @@ def best_of_n(
     texts: Texts,
     features: Featurize,
     trained: Params,
+    version: int,
     reward_model: Ensemble,
     heldout: HeldOut,
     key: jax.Array,
@@ -69,6 +71,7 @@ def best_of_n(
       texts: Candidates -> B lists of N texts.
       features: what the ERM sees.
       trained: the trained part of the policy's parameters.
+      version: how many policy steps made them.
       reward_model: the ERM.
       heldout: batches and masks.
       key: random key.
@@ -79,7 +82,7 @@ def best_of_n(
     written: list[str] = []
     lengths: list[np.ndarray] = []
     for index, (batch, counts) in enumerate(heldout):
-        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index))
+        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index), version)
         responses = texts(candidates)
         best = np.asarray(sampling.best_of_n(ensemble.rewards(reward_model, features(batch, candidates, responses))))
         rows = np.flatnonzero(counts)
@@ -95,11 +98,15 @@ class Evaluation:
     Attributes:
       records: the N held-out records.
       preference: the oracle's taste, free of noise.
+      greedy: trained parameters, policy steps -> a response to every held-out prompt.
+      best_of_n: trained parameters, ERM, policy steps -> the best of n responses to the first of them.
       initial: the initial policy's greedy responses.
     """
 
     records: Sequence[Record]
     preference: Preference
+    greedy: Callable[[Params, int], Responses]
+    best_of_n: Callable[[Params, Ensemble, int], Responses]
     initial: Responses
 
 
@@ -117,12 +124,31 @@ def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[di
     count = len(responses.texts)
     prompts = [record["prompt"] for record in evaluation.records[:count]]
     interval, probability = compare(evaluation.preference, prompts, responses.texts, evaluation.initial.texts[:count])
-    return {
-        f"eval/{name}_win_rate": interval.mean,
-        f"eval/{name}_win_rate_low": interval.low,
-        f"eval/{name}_win_rate_high": interval.high,
-        f"eval/{name}_response_length": float(responses.lengths.mean()),
-    }, probability
+    row = _row(interval, f"eval/{name}_win_rate")
+    return row | {f"eval/{name}_response_length": float(responses.lengths.mean())}, probability
+
+
+def against_references(evaluation: Evaluation, responses: Responses, name: str) -> dict[str, float]:
+    """Compares responses with the data set's own, where it has one.
+
+    Args:
+      evaluation: Evaluation.
+      responses: to the first n <= N held-out prompts.
+      name: as for `measure`.
+
+    Returns:
+      Metrics; empty if no prompt has a reference.
+    """
+    pairs = zip(evaluation.records, responses.texts, strict=False)
+    rows = [(one["prompt"], text, one["reference"].strip()) for one, text in pairs if one["reference"].strip()]
+    if not rows:
+        return {}
+    prompts, texts, references = (list(column) for column in zip(*rows, strict=True))
+    return _row(compare(evaluation.preference, prompts, texts, references)[0], f"eval/{name}_reference_win_rate")
+
+
+def _row(interval: Interval, name: str) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def samples(

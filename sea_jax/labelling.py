@@ -1,4 +1,4 @@
-"""One way from a duel to its label: the ledger first, then the oracle or the ERM, and on disk before anyone learns from it."""
+"""One way from a duel to its label: asked on disk first, then by the oracle or the ERM, and on disk before anyone learns."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class Question:
     erm_label: float | None
 
     def entry(self) -> dict[str, Any]:
-        """Returns the ledger's line, without the label."""
+        """Returns what the ledger holds of the question, without the label."""
         labeller = "oracle" if self.erm_label is None else "erm"
         content = "\0".join((self.prompt_id, self.first, self.second, labeller))
         return {
@@ -46,7 +46,6 @@ class Question:
             "second": self.second,
             "digest": hashlib.sha256(content.encode()).hexdigest()[:16],
             "labeller": labeller,
-            "counted": self.erm_label is None,
         }
 
 
@@ -56,7 +55,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
     Args:
       questions: N pairs.
       oracle: asked about those that neither the ledger nor the ERM has answered.
-      ledger: every new label is on disk (fsync) when this returns.
+      ledger: every ask is on disk (fsync) when the oracle is asked, every new label when this returns.
       keys: [N] random keys, one per question.
 
     Returns:
@@ -64,32 +63,42 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
 
     Raises:
       LedgerError: the ledger holds another pair under a question's key.
+      OSError: the oracle's service is gone, or the disk is full or gone; started again, the run asks under the same keys.
     """
     entries = [question.entry() for question in questions]
     known = [_known(ledger, entry) for entry in entries]
     asked = [i for i, question in enumerate(questions) if known[i] is None and question.erm_label is None]
     for question, entry in zip(questions, entries, strict=True):
         if question.erm_label is not None:
-            entry |= {"probability": question.erm_label, "label": question.erm_label}
+            entry |= {"probability": question.erm_label, "label": question.erm_label, "counted": False}
     if asked:
-        judgement = oracle(
-            [questions[i].prompt for i in asked],
-            [questions[i].first for i in asked],
-            [questions[i].second for i in asked],
-            jax.numpy.stack([keys[i] for i in asked]),
-        )
+        ledger.ask(entries[i] for i in asked)
+        try:
+            judgement = oracle(
+                [questions[i].prompt for i in asked],
+                [questions[i].first for i in asked],
+                [questions[i].second for i in asked],
+                jax.numpy.stack([keys[i] for i in asked]),
+                [f"{ledger.run_id}/{questions[i].key}" for i in asked],
+            )
+        except OSError as error:
+            raise OSError(
+                f"the oracle did not answer: {str(error) or type(error).__name__}. What it was asked, {len(asked)} pairs, "
+                f"stands in {ledger.path}: start the same command again, and it is asked again under the same keys"
+            ) from error
         for i, probability, value in zip(asked, judgement.probability, judgement.label, strict=True):
-            entries[i] |= {"probability": float(probability), "label": float(value)}
+            entries[i] |= {"probability": float(probability), "label": float(value), "counted": True}
     ledger.record(entry for entry, line in zip(entries, known, strict=True) if line is None)
     return [float(np.float32((line or entry)["label"])) for entry, line in zip(entries, known, strict=True)]
 
 
 def _known(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ledger's line for this pair, if it was labelled before a restart."""
+    """What the ledger holds of this pair, if it was labelled before a restart."""
     line = ledger.find(entry["key"])
-    if line is not None and line["digest"] != entry["digest"]:
+    former = line or ledger.asked(entry["key"])
+    if former is not None and former["digest"] != entry["digest"]:
         raise LedgerError(
-            f"{ledger.path}: the line with key {entry['key']} labels another pair than the one this run came to, or was for "
+            f"{ledger.path}: the line with key {entry['key']} is about another pair than the one this run came to, or for "
             "another labeller: the machine, a library or the data changed since the run was interrupted; go on where it "
             "ran, or start anew with another --workdir"
         )

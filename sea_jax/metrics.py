@@ -1,12 +1,13 @@
 """What a run measures of itself: intervals, the stop on NaN, the files that hold the numbers, the progress bar."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -170,6 +171,17 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps({name: _scalar(name, value) for name, value in record.items()}, ensure_ascii=False) + "\n"
 
 
+@contextlib.contextmanager
+def _failure_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: {error.strerror or error}. Make room and start the same command again: it goes on from the last "
+            "checkpoint"
+        ) from error
+
+
 def _drop_after(path: Path, last_step: int) -> None:
     if not path.exists():
         return
@@ -209,8 +221,10 @@ class Writer:
         # The line of step 0 is the evaluation before training, which a run from step 0 writes anew.
         first_step = start_step + 1 if start_step else 0
         files = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
+        self._workdir = workdir
         for path in files:
-            _drop_after(path, first_step - 1)
+            with _failure_named(path):
+                _drop_after(path, first_step - 1)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._metrics, self._samples = (path.open("a", encoding="utf-8") for path in files)
 
@@ -223,15 +237,19 @@ class Writer:
 
         Raises:
           ValueError: a value is neither a finite number nor text, or a metric is called "step".
+          OSError: the disk is full or gone.
         """
         if "step" in metrics:
             raise ValueError(f'metrics must not hold "step" (found {metrics["step"]!r}): it is an argument of its own')
-        self._metrics.write(_line({"step": step, **metrics}))
-        self._metrics.flush()
-        for name, value in metrics.items():
-            if not isinstance(value, str):
-                self._tensorboard.add_scalar(name, float(value), step)
-        self._tensorboard.flush()
+        line = _line({"step": step, **metrics})
+        with _failure_named(self._workdir / "metrics.jsonl"):
+            self._metrics.write(line)
+            self._metrics.flush()
+        with _failure_named(self._workdir / "tensorboard"):
+            for name, value in metrics.items():
+                if not isinstance(value, str):
+                    self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.flush()
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """Appends one sampled text with its rewards.
@@ -242,17 +260,33 @@ class Writer:
 
         Raises:
           ValueError: the record has no whole number as its step, or a value is neither a finite number nor text.
+          OSError: the disk is full or gone.
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"a sample needs a whole number as its step, found {record.get('step')!r}")
-        self._samples.write(_line(record))
-        self._samples.flush()
+        line = _line(record)
+        with _failure_named(self._workdir / "samples.jsonl"):
+            self._samples.write(line)
+            self._samples.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        self._metrics.close()
-        self._samples.close()
-        self._tensorboard.close()
+        """Closes the files.
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        with _failure_named(self._workdir):
+            try:
+                self._tensorboard.close()
+            except OSError:
+                # It would try once more when the process ends, and print a traceback behind the error.
+                events = self._tensorboard.file_writer.event_writer
+                events._worker.stop()
+                events._closed = True
+                raise
+            finally:
+                self._metrics.close()
+                self._samples.close()
 
     def __enter__(self) -> Self:
         return self
@@ -260,7 +294,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*([OSError] if error else [])):  # what is wrong with the disk has been said
+            self.close()
 
 
 def _duration(seconds: float) -> str:

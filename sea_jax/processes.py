@@ -1,14 +1,16 @@
 """Several processes, one run: all compute, the first alone asks and writes."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from sea_jax.types import Preference
+
+Answer = TypeVar("Answer")
 
 
 def is_first() -> bool:
@@ -48,6 +50,15 @@ def of_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def tree_of_first(tree: Any) -> Any:
+    """Returns the first process's arrays in every process.
+
+    Args:
+      tree: this process's, of the same shapes and dtypes as the first's; no dtype has 64 bits.
+    """
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
 def fetch(tree: Any) -> Any:
     """Brings arrays to the host, whole, whichever processes hold their parts.
 
@@ -66,6 +77,36 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def by_first(task: Callable[[], Answer], otherwise: Answer, whom: str) -> Answer:
+    """Lets the first process alone do something; the others stop where it fails rather than wait for ever.
+
+    Args:
+      task: what it does.
+      otherwise: what the others return.
+      whom: it asks, for their error.
+
+    Returns:
+      What the task returns, in the first process.
+
+    Raises:
+      ValueError: in the others, when the task has failed.
+    """
+    if jax.process_count() == 1:
+        return task()
+    answer, error = otherwise, None
+    if is_first():
+        try:
+            answer = task()
+        except Exception as raised:
+            error = raised
+    failed = any_of(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(f"the first process had no answer from {whom}; its message says why")
+    return answer
+
+
 def asked_by_first(preference: Preference) -> Preference:
     """Lets the first process ask, once, and tells the others the answer.
 
@@ -80,17 +121,11 @@ def asked_by_first(preference: Preference) -> Preference:
 
     @functools.wraps(preference)  # whoever asks looks for the parameters of the preference's own
     def ask(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any) -> np.ndarray:
-        answer, error = np.zeros(len(prompts)), None
-        if is_first():
-            try:
-                answer = np.asarray(preference(prompts, first, second, **names), np.float64)
-            except Exception as raised:
-                error = raised
-        failed = any_of(error is not None)  # the others would wait for an answer for ever
-        if error is not None:
-            raise error
-        if failed:
-            raise ValueError("the first process had no answer from the oracle; its message says why")
+        answer = by_first(
+            lambda: np.asarray(preference(prompts, first, second, **names), np.float64),
+            np.zeros(len(prompts)),
+            "the oracle",
+        )
         # As bytes: JAX would round float64 to float32.
         return multihost_utils.broadcast_one_to_all(answer.view(np.uint8)).view(np.float64)
 

@@ -4,7 +4,8 @@ Read are
 - config.json: "name" labels the method, "seed", the budget "max_queries", and what SETTINGS lists;
 - metrics.jsonl: a line per training step. Evaluations stand on the lines that hold "eval/rm_win_rate"; a name that ends
   in "_time" and does not begin with "misc/" is a stage's seconds, no stage lying inside another;
-- queries.jsonl: a line per label, of which "counted" says whether it was paid for (else the ERM gave it);
+- queries.jsonl: a line per label, of which "counted" says whether it was paid for (else the ERM gave it), and lines whose
+  "event" is "ask", which say what the oracle was asked;
 - samples.jsonl: a line per held-out prompt and evaluation, with "initial_reward" and "reward", or "win_probability", or
   neither, as the oracle can tell.
 
@@ -130,7 +131,7 @@ def read(workdir: Path) -> Run:
         measured = [line for line in metrics if win_rate in line]
         needed = (QUERIES, GRADIENT_STEPS, f"{win_rate}_low", f"{win_rate}_high", LENGTH, INITIAL_LENGTH)
         _require(paths["metrics.jsonl"], measured, needed)
-    labels = read_lines(paths["queries.jsonl"])
+    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event") != "ask"]
     _require(paths["queries.jsonl"], labels, ("counted",))
     samples = read_lines(paths["samples.jsonl"])
     _require(paths["samples.jsonl"], samples, SAMPLE_FIELDS)

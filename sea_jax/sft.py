@@ -19,7 +19,6 @@ from sea_jax import cache, console, data, learner, metrics, wiring
 from sea_jax import config as configuration
 from sea_jax.data import Rendered
 from sea_jax.learner import Learner, LearnerConfig
-from sea_jax.models import hf
 from sea_jax.models.config import ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Params, Prompts
@@ -159,7 +158,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
       NotFiniteError: the loss is not finite.
     """
     begin = time.perf_counter()
-    policy = wiring.policy(config.policy.source, config.policy.train_last_layers)
+    policy = wiring.policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
     train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     limit, words = config.max_response_tokens, policy.tokenizer
     batches = functools.partial(
@@ -180,7 +179,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     def heldout_loss(trained: Params) -> float:
         return float(np.mean([loss(trained, policy.frozen, *batch) for batch in heldout]))
 
-    state = learner.init(policy.reference, learner_config)
+    state = learner.init(policy.initial, learner_config)
     before = heldout_loss(state.trained)
     with metrics.Progress(config.steps, "step", 0) as progress:
         for step in range(1, config.steps + 1):
@@ -190,7 +189,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
             metrics.check_finite({"train/loss": float(value)}, step, None)
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
-    hf.save(output, policy.config, jax.device_get(learner.join(policy.frozen, state.trained)), policy.directory)
+    wiring.export(policy, state.trained, output)
     (output / RECIPE).write_text(config.to_json() + "\n")
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "

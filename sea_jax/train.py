@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,28 +12,31 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags, logging
+from jax.sharding import Mesh
 
+from sea_jax import agent as sea
 from sea_jax import (
-    actors,
     cache,
     checkpoint,
     console,
     data,
     ensemble,
-    evaluate,
+    evaluation,
     experience,
     learner,
     metrics,
+    processes,
     report,
+    sharding,
     wiring,
 )
-from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax.ensemble import EnsembleConfig
 from sea_jax.interrupts import Interrupts
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory for everything the run writes; default runs/NAME-seedSEED.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory for everything the run writes; train: default runs/NAME-seedSEED."
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -46,70 +50,55 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
       ValueError: a field, a file or the work directory does not fit; nothing has been spent then.
       NotFiniteError: a metric is not finite.
     """
-    # ------------------------------------------------------------------------------------------------- Checks, work directory
     configuration.validate(config)
+    mesh = sharding.make(config.mesh)
+    config = config.copy_and_resolve_references()
+    config.mesh = tuple(mesh.shape.values())  # what -1 stood for, so that a run goes on where it fits
+    with jax.set_mesh(mesh):
+        train_on(mesh, config, workdir)
+
+
+def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs SEA on a mesh that is set; everything else as in `train`.
+
+    Args:
+      mesh: the mesh.
+      config: a configuration that `config.validate` accepts.
+      workdir: where everything is written.
+    """
+    # ----------------------------------------------------------------------------------------- Work directory, rule and loss
     rule, loss = wiring.rule(config.exploration.rule), wiring.loss(config.loss)
     check_workdir(workdir, config)
     begin = time.perf_counter()
     root = jax.random.key(config.seed)
 
-    # -------------------------------------------------------------------------------------------------- Policy, prompts, oracle
-    policy = wiring.policy(config.policy.source, config.policy.train_last_layers, config.erm.feature_layer)
-    train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
-    padding = {"pad_id": policy.tokenizer.pad_id, "bucket": config.data.bucket}
-    batch_size = config.data.batch_size
-    batches = data.prompts(train_prompts, batch_size=batch_size, seed=config.seed, **padding)
-    heldout = list(data.once(heldout_prompts, batch_size=config.eval.batch_size, **padding))
-    preference = wiring.preference(config.oracle)
-
-    # ------------------------------------------------------------------------------------------------------- Actors, features
-    how = functools.partial(wiring.sampling_config, config, policy)
-    sampler = how(
-        num_samples=config.sampling.num_samples,
-        max_new_tokens=config.sampling.max_new_tokens,
-        temperature=config.sampling.temperature,
-    )
-    features = wiring.featurize(config.erm, policy, sampler)
-    texts = wiring.texts(policy.tokenizer)
-    actor = functools.partial(actors.in_process, policy.frozen, policy.config)
-    greedy = actor(how(num_samples=1, max_new_tokens=config.eval.max_new_tokens, temperature=0.0))
-    many = actor(
-        how(
-            num_samples=max(config.eval.best_of_n, 1),
-            max_new_tokens=config.eval.max_new_tokens,
-            temperature=config.sampling.temperature,
-        )
-    )
-
-    # -------------------------------------------------------------------------------------------------------- Learner, ERM
+    # ------------------------------------------------------------------------------- Policy, prompts, oracle, learner and ERM
+    parts = wiring.parts(config, mesh)
+    policy = parts.policy
     total_steps = policy_steps(config)
     learner_config = wiring.learner_config(config.learner, config.policy.dtype, total_steps)
-    erm = config.erm.to_dict()
-    capacity = max(min(erm.pop("replay_capacity"), config.max_queries), batch_size)
-    ensemble_config = EnsembleConfig(**{name: erm[name] for name in EnsembleConfig.__dataclass_fields__})
-    num_features = wiring.num_features(config.erm, policy)
-    state = sea.State(
-        learner=learner.init(policy.reference, learner_config),
-        ensemble=ensemble.init(ensemble_config, num_features, jax.random.fold_in(root, 0)),
-        replay=experience.empty_replay(capacity, num_features),
-        step=0,
-        queries=0,
-        batches=0,
+    ensemble_config = wiring.ensemble_config(config.erm)
+    batch_size = config.data.batch_size
+    batches = data.prompts(
+        parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
     )
+    initial = functools.partial(wiring.initial_state, config, parts, total_steps)
 
     claim(workdir, config)
     with (
         checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-        experience.Ledger(workdir / "queries.jsonl") as ledger,
+        experience.Ledger(workdir / "queries.jsonl", writes=processes.is_first()) as ledger,
+        wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
     ):
+        processes.wait("ledger")  # the first process adds lines only when all have read those that are there
         agent = sea.Agent(
             prompts=batches.__getitem__,
-            generate=actor(sampler),
-            texts=texts,
-            features=features,
+            respond=responder.respond,
+            texts=wiring.texts(policy.tokenizer),
+            features=parts.features,
             rule=rule,
-            oracle=wiring.oracle(config.oracle, preference),
+            oracle=wiring.oracle(config.oracle, parts.preference),
             ledger=ledger,
             learn_rewards=jax.jit(functools.partial(ensemble.update, config=ensemble_config)),
             learn_policy=lambda state, pairs: learner.update(
@@ -125,48 +114,48 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
         # ---------------------------------------------------------------------------------------------------------- Resume
-        restored = checkpoint.restore(checkpoints, state)
+        restored = checkpoint.restore(checkpoints, checkpoint.abstract(initial()))
+        state = initial() if restored is None else restored[1]  # never both at once: the devices may not have room
         if restored is not None:
-            state = restored[1]
             logging.info("going on from the checkpoint of step %d, %d queries paid for", state.step, state.queries)
 
         # ------------------------------------------------------------------------------------------------------ Evaluation
-        evaluation = evaluate.Evaluation(
-            records=[one.record for one in heldout_prompts],
-            preference=preference,
-            initial=evaluate.greedy(greedy, texts, policy.reference, heldout),
-        )
+        heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
             start = time.perf_counter()
             trained = state.learner.trained
-            now = evaluate.greedy(greedy, texts, trained, heldout) if state.step else evaluation.initial
-            row, probability = evaluate.measure(evaluation, now, "rm")
-            for sample in evaluate.samples(evaluation, now, probability, state.step):
+            version = int(state.learner.step)
+            now = heldout.greedy(trained, version) if state.step else heldout.initial
+            row, probability = evaluation.measure(heldout, now, "rm")
+            for sample in evaluation.samples(heldout, now, probability, state.step):
                 writer.sample(sample)
+            if config.eval.against_references:
+                row |= evaluation.against_references(heldout, now, "rm")
             if state.queries >= config.max_queries and config.eval.best_of_n:
-                few = list(
-                    data.once(heldout_prompts[: config.eval.best_of_n_prompts], batch_size=batch_size, **padding)
-                )
-                best = evaluate.best_of_n(many, texts, features, trained, state.ensemble, few, root)
-                row |= evaluate.measure(evaluation, best, "bon")[0]
-            initial_length = float(evaluation.initial.lengths.mean())
+                row |= evaluation.measure(heldout, heldout.best_of_n(trained, state.ensemble, version), "bon")[0]
+            initial_length = float(heldout.initial.lengths.mean())
             return row | {
                 "eval/initial_response_length": initial_length,
                 "eval/elapsed_time": time.perf_counter() - start,
             }
 
+        def save(state: sea.State) -> None:
+            responder.settle()
+            checkpoint.save(checkpoints, state.step, state)
+            responder.checkpointed(state.batches)
+
         # ------------------------------------------------------------------------------------------------------ Training
         with (
-            metrics.Writer(workdir, start_step=state.step) as writer,
+            metrics.Writer(own_directory(workdir), start_step=state.step) as writer,
             metrics.Progress(config.max_queries, "query", state.queries) as progress,
         ):
             if state.step == 0:
                 row = counters(state) | evaluated(state, writer)
                 writer.write(0, row)
-                checkpoint.save(checkpoints, 0, state)
-            idle_steps = 0
-            while state.queries < config.max_queries and not interrupts.requested:
+                save(state)
+            idle_steps, stopping = 0, False
+            while state.queries < config.max_queries and not stopping:
                 queries_before, start = state.queries, time.perf_counter()
                 state, row = sea.step(agent, state, jax.random.fold_in(root, state.step + 1))
                 row |= {"misc/step_time": time.perf_counter() - start} | counters(state)
@@ -176,8 +165,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
                     row |= evaluated(state, writer)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
-                if state.step % config.checkpoint.every_steps == 0 or done:
-                    checkpoint.save(checkpoints, state.step, state)
+                stopping = processes.any_of(interrupts.requested)
+                if state.step % config.checkpoint.every_steps == 0 or done or stopping:
+                    save(state)
                 idle_steps = 0 if state.queries > queries_before else idle_steps + 1
                 if idle_steps == MAX_IDLE_STEPS:
                     raise ValueError(
@@ -185,17 +175,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
                         "the same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
                         "config.sampling.temperature or config.loss.beta, and start anew"
                     )
-            if interrupts.requested:
-                checkpoint.save(checkpoints, state.step, state)
 
-    if interrupts.requested:
+    if stopping:
         logging.warning("stopped at step %d and saved; the same command goes on from there", state.step)
         sys.exit(130)
-    path = report.write(workdir)
-    print(path.read_text())
-    print(
-        f"{time.perf_counter() - begin:.0f} s in all. Everything written is in {workdir.absolute()}; the report is {path}"
-    )
+    if processes.is_first():
+        path = report.write(workdir)
+        print(path.read_text())
+        print(
+            f"{time.perf_counter() - begin:.0f} s in all. Everything is in {workdir.absolute()}; the report is {path}"
+        )
 
 
 MAX_IDLE_STEPS = 20  # steps without a query after which a run gives up
@@ -234,9 +223,19 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
       config: this run's configuration.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    if not processes.is_first():
+        return
     unfinished = workdir / "config.json.tmp"
-    unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    with unfinished.open("w") as file:
+        file.write(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.rename(workdir / "config.json")
+
+
+def own_directory(workdir: Path) -> Path:
+    """Returns where this process writes its numbers: the work directory for the first, one of its own inside it for others."""
+    return workdir if processes.is_first() else workdir / f"process-{jax.process_index()}"
 
 
 def exploration_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -284,6 +283,7 @@ def main() -> None:
     """Reads the flags and trains."""
     config = console.CONFIG.value
     cache.keep_compiled_programs()
+    console.join_processes()
     train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 
 

@@ -3,7 +3,8 @@
 Letters: B prompts, M candidates, K heads, P prompt tokens, T response tokens, d features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -141,3 +142,94 @@ class Oracle(Protocol):
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str], /
     ) -> Judgement: ...
+
+
+class Response(Protocol):
+    """One response as a server wrote it: ids, the end-of-sequence token included, and the log-prob of each at temperature 1."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+
+
+class OtherVersion(ValueError):
+    """Servers have other weights than they should; to push again may help. The text names who and which versions."""
+
+
+class PolicyServers(Protocol):
+    """Servers that write responses with the weights they are given; every version of these has a name.
+
+    Attributes:
+      run: begins the names of this run's versions, as no other run's.
+      turn: held by whoever has responses written, so that the weights do not change under him.
+    """
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def turn(self) -> AbstractContextManager[object]: ...
+
+    def versions(self) -> Mapping[str, str]:
+        """Returns the version that each server has, of those that are up; waits until one is.
+
+        Returns:
+          URL -> version.
+
+        Raises:
+          OSError: none is up after all that waiting.
+        """
+        ...
+
+    def push(
+        self, tensors: Mapping[str, np.ndarray], version: str, urls: Sequence[str], base: str | None = None
+    ) -> None:
+        """Gives servers other weights.
+
+        Args:
+          tensors: by the names of Hugging Face checkpoints.
+          version: what they are called.
+          urls: which servers.
+          base: the version that the tensors change; None: they are all there are.
+
+        Raises:
+          OtherVersion: none of them has taken the weights.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        version: str,
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> Sequence[Sequence[Response]]:
+        """Has responses written, whichever servers do it.
+
+        Args:
+          prompts: B, token ids without padding.
+          seeds: B, what decides the responses to each.
+          version: of the weights that must have written every token.
+          num_samples: M.
+          max_new_tokens: T.
+          eos_ids: tokens that end a response.
+          vocab_size: responses have smaller ids.
+          temperature, top_k, top_p: as in `sea_jax.generation.SamplingConfig`.
+
+        Returns:
+          B lists of M.
+
+        Raises:
+          OtherVersion: servers are up, but with other weights.
+          OSError: none is up after all the waiting.
+        """
+        ...

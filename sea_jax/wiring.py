@@ -1,23 +1,47 @@
-"""From a configuration to the parts of a run: the policy and its tokenizer, the prompts, the oracle, the rule and the loss."""
+"""From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from sea_jax import cache, data, features, learner, losses, oracles, sampling, tokenizer
-from sea_jax.config import user_function
+from sea_jax import (
+    actors,
+    cache,
+    data,
+    ensemble,
+    evaluation,
+    experience,
+    features,
+    learner,
+    losses,
+    oracles,
+    processes,
+    responses,
+    sampling,
+    sharding,
+    tokenizer,
+)
+from sea_jax import agent as sea
+from sea_jax.actors import Generate, Respond
+from sea_jax.config import addresses, user_function
 from sea_jax.data import Rendered
+from sea_jax.ensemble import Ensemble, EnsembleConfig
+from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
-from sea_jax.models import decoder, hf
+from sea_jax.models import decoder, hf, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.tokenizer import Tokenizer
-from sea_jax.types import Candidates, DuelRule, Oracle, PairLogps, Params, Preference
+from sea_jax.types import Array, Candidates, DuelRule, Oracle, PairLogps, Params, PolicyServers, Preference, Prompts
 
 
 @dataclass(frozen=True)
@@ -28,8 +52,9 @@ class Policy:
       config: ModelConfig.
       tokenizer: Tokenizer.
       directory: where both were read.
-      frozen: the part of the parameters that is not trained.
-      reference: the trained part as it was loaded: pi_ref, and where training starts.
+      frozen: the part of the parameters that is not trained; matrices in the compute dtype.
+      reference: the trained part as it was loaded, pi_ref; matrices in the compute dtype.
+      initial: the same on the host in float32, where training starts.
       feature_stack: features stand behind this many stacks of layers; None: behind the last norm.
       features_are_frozen: no layer up to the features is trained.
     """
@@ -39,17 +64,19 @@ class Policy:
     directory: Path
     frozen: Params
     reference: Params
+    initial: Params
     feature_stack: int | None
     features_are_frozen: bool
 
 
-def policy(source: str, train_last_layers: int, feature_layer: int = 0) -> Policy:
-    """Loads a decoder and divides its layers where training begins and where features are read.
+def policy(source: str, train_last_layers: int, feature_layer: int = 0, dtype: str = "float32") -> Policy:
+    """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
 
     Args:
       source: anything that `hf.load` takes.
       train_last_layers: n; 0 trains everything.
       feature_layer: behind so many layers; 0: behind the last norm.
+      dtype: compute dtype.
 
     Returns:
       Policy.
@@ -69,28 +96,90 @@ def policy(source: str, train_last_layers: int, feature_layer: int = 0) -> Polic
     config = loaded.config
     if not isinstance(config, ModelConfig):
         raise ValueError(f"config.policy.source={source}: expected a decoder, found an encoder")
+    if config.scalar_head:
+        raise ValueError(f"config.policy.source={source}: expected a language model, found a reward model")
     for field, value in (("policy.train_last_layers", train_last_layers), ("erm.feature_layer", feature_layer)):
         if value > config.num_layers:
             raise ValueError(f"config.{field}={value}: the model has {config.num_layers} layers")
     words = tokenizer.load(loaded.directory)
     tokenizer.check(words, config.vocab_size)
-    first_trained = config.num_layers - train_last_layers if train_last_layers else 0
-    cuts = tuple(sorted({first_trained, feature_layer} - {0, config.num_layers}))
-    params = decoder.recut(loaded.params, cuts)
-    bounds = (*cuts, config.num_layers)
-    frozen, trained = learner.divide(
-        params, sum(bound > first_trained for bound in bounds) if train_last_layers else None
-    )
-    inner_feature = 0 < feature_layer < config.num_layers
+    division = divide(config, train_last_layers, feature_layer)
+    params = decoder.recut(loaded.params, division.cuts)
+    frozen, trained = learner.divide(params, division.num_trained_stacks)
+
+    def placed(part: Params) -> Params:
+        return partition.put(part, decoder.specs(config, part), dtype)
+
     return Policy(
         config=config,
         tokenizer=words,
         directory=loaded.directory,
-        frozen=jax.device_put(frozen),
-        reference=jax.device_put(trained),
+        frozen=placed(frozen),
+        reference=placed(trained),
+        initial=trained,
+        feature_stack=division.feature_stack,
+        features_are_frozen=division.features_are_frozen,
+    )
+
+
+@dataclass(frozen=True)
+class Division:
+    """Where a decoder's layers are cut.
+
+    Attributes:
+      cuts: layer numbers, see `decoder.abstract`.
+      num_trained_stacks: the last so many stacks are trained; None: everything is.
+      feature_stack: features stand behind so many stacks; None: behind the last norm.
+      features_are_frozen: no layer up to the features is trained.
+    """
+
+    cuts: tuple[int, ...]
+    num_trained_stacks: int | None
+    feature_stack: int | None
+    features_are_frozen: bool
+
+
+def divide(config: ModelConfig, train_last_layers: int, feature_layer: int) -> Division:
+    """Cuts a decoder's layers where training begins and where features are read.
+
+    Args:
+      config: ModelConfig.
+      train_last_layers: n; 0 trains everything.
+      feature_layer: behind so many layers; 0: behind the last norm.
+
+    Returns:
+      Division.
+    """
+    first_trained = config.num_layers - train_last_layers if train_last_layers else 0
+    cuts = tuple(sorted({first_trained, feature_layer} - {0, config.num_layers}))
+    bounds = (*cuts, config.num_layers)
+    inner_feature = 0 < feature_layer < config.num_layers
+    return Division(
+        cuts=cuts,
+        num_trained_stacks=sum(bound > first_trained for bound in bounds) if train_last_layers else None,
         feature_stack=bounds.index(feature_layer) + 1 if inner_feature else None,
         features_are_frozen=inner_feature and feature_layer <= first_trained,
     )
+
+
+def export(loaded: Policy, trained: Params, directory: Path) -> None:
+    """Writes a trained policy as a Hugging Face directory.
+
+    Args:
+      loaded: Policy.
+      trained: the trained part of the parameters.
+      directory: where to; must not exist yet, or be empty.
+    """
+    trained = processes.fetch(trained)
+    if not processes.is_first():
+        return
+    frozen: Params = {"stacks": ()}
+    if loaded.frozen["stacks"] or len(loaded.frozen) > 1:  # from its file: here it may be in a narrower dtype
+        whole = hf.load(loaded.directory).params
+        sizes = [len(stack["q"]["kernel"]) for stack in (*loaded.frozen["stacks"], *trained["stacks"])]
+        cuts = np.cumsum(sizes)[:-1].tolist()
+        frozen, _ = learner.divide(decoder.recut(whole, cuts), len(trained["stacks"]))
+    hf.save(directory, loaded.config, learner.join(frozen, trained), loaded.directory)
 
 
 def prompts(
@@ -117,7 +206,7 @@ def prompts(
         )
         for records in data.load(config)
     ]
-    return rendered[0], rendered[1][:num_heldout]
+    return rendered[0][: config.num_prompts or None], rendered[1][:num_heldout]
 
 
 def sampling_config(
@@ -168,20 +257,23 @@ def texts(words: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
     return decode
 
 
-def featurize(config: ml_collections.ConfigDict, loaded: Policy, how: SamplingConfig) -> features.Featurize:
+def featurize(
+    config: ml_collections.ConfigDict, loaded: Policy, how: SamplingConfig, actor: str = "in_process"
+) -> features.Featurize:
     """Returns where the ERM's features come from.
 
     Args:
       config: the `erm` part of a configuration.
       loaded: Policy.
       how: SamplingConfig.
+      actor: who writes; the sampler in this process alone reads features on its way.
 
     Returns:
       Featurize.
     """
     if config.trunk:
-        return features.of_trunk(config.trunk)
-    if loaded.features_are_frozen:
+        return features.of_trunk(config.trunk, dtype=config.trunk_dtype, batch_size=config.trunk_batch_size)
+    if loaded.features_are_frozen and actor == "in_process":
         return features.from_sampler
     return features.of_reference(learner.join(loaded.frozen, loaded.reference), loaded.config, how)
 
@@ -196,21 +288,69 @@ def num_features(config: ml_collections.ConfigDict, loaded: Policy) -> int:
     Returns:
       The hidden size of whatever is read.
     """
-    return hf.read_config(config.trunk).d_model if config.trunk else loaded.config.d_model
+    return features.trunk_width(config.trunk) if config.trunk else loaded.config.d_model
 
 
-def preference(config: ml_collections.ConfigDict) -> Preference:
+def policy_servers(config: ml_collections.ConfigDict, token_file: str) -> PolicyServers:
+    """Returns the servers that write the responses.
+
+    Args:
+      config: the `actor` part of a configuration.
+      token_file: holds their token; "": the environment does.
+
+    Raises:
+      ValueError: there is no token.
+    """
+    from gpu_bridge import client, weights  # the library works without
+
+    route = weights.Route(config.transport, Path(config.weights_directory), config.weights_host, config.weights_port)
+    patience = client.Patience(config.timeout_s, config.retries)
+    return client.PolicyClient(addresses(config.urls), client.read_token(token_file), patience, route)
+
+
+def remote_scores(config: ml_collections.ConfigDict, token_file: str) -> Callable[[list[list[int]]], np.ndarray]:
+    """Returns the scores of the servers of a reward model.
+
+    Args:
+      config: the `oracle` part of a configuration.
+      token_file: holds their token; "": the environment does.
+
+    Returns:
+      Token ids of N conversations -> [N].
+
+    Raises:
+      ValueError: there is no token.
+    """
+    from gpu_bridge import client  # the library works without
+
+    patience = client.Patience(config.timeout_s, config.retries)
+    return client.OracleClient(
+        addresses(config.urls), client.read_token(token_file), patience, config.batch_size
+    ).score
+
+
+def preference(config: ml_collections.ConfigDict, token_file: str = "") -> Preference:
     """Returns the taste behind the oracle.
 
     Args:
       config: the `oracle` part of a configuration.
+      token_file: holds the token of the oracle's servers; "": the environment does.
 
     Returns:
       Preference.
     """
     if config.kind == "embedding":
         return oracles.by_reward(oracles.embedding_similarity(config.encoder), config.scale)
-    return user_function(config.kind, "oracle.kind")
+    if config.kind == "reward_model":
+        reward = oracles.reward_model(
+            config.reward_model, dtype=config.dtype, batch_size=config.batch_size, max_tokens=config.max_tokens
+        )
+        return oracles.by_reward(reward, config.scale)
+    if config.kind == "remote":
+        scores = remote_scores(config, token_file)
+        reward = oracles.remote_reward(scores, config.reward_model, config.max_tokens)
+        return processes.asked_by_first(oracles.by_reward(reward, config.scale))
+    return processes.asked_by_first(user_function(config.kind, "oracle.kind"))
 
 
 def oracle(config: ml_collections.ConfigDict, taste: Preference) -> Oracle:
@@ -264,3 +404,276 @@ def learner_config(config: ml_collections.ConfigDict, dtype: str, total_steps: i
       LearnerConfig.
     """
     return LearnerConfig(**config.to_dict(), dtype=dtype, total_steps=total_steps)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What training and evaluation have in common.
+
+    Attributes:
+      policy: Policy.
+      train_prompts: rendered.
+      heldout_prompts: rendered.
+      preference: the oracle's taste, free of noise.
+      sampling: how candidates are drawn.
+      features: what the ERM sees.
+      num_features: d, its width.
+      servers: those that write the responses; None: this process does.
+      weights_dtype: of the weights on their way to them.
+    """
+
+    policy: Policy
+    train_prompts: list[Rendered]
+    heldout_prompts: list[Rendered]
+    preference: Preference
+    sampling: SamplingConfig
+    features: features.Featurize
+    num_features: int
+    servers: PolicyServers | None
+    weights_dtype: str
+
+    def padding(self, bucket: int) -> dict[str, int]:
+        """Returns how batches of prompts are padded."""
+        return {"pad_id": self.policy.tokenizer.pad_id, "bucket": bucket}
+
+    def generate(self, how: SamplingConfig, batch_size: int = 0, sync_every: int = 1) -> Generate:
+        """Returns an actor that writes with this policy.
+
+        Args:
+          how: SamplingConfig.
+          batch_size: this process writes to so many prompts at a time; 0: to all of a batch.
+          sync_every: servers are given the weights again after so many policy steps.
+        """
+        frozen, model = self.policy.frozen, self.policy.config
+        if self.servers is None:
+            return actors.in_process(frozen, model, how, batch_size)
+        return actors.bridge(
+            self.servers, frozen, model, how, weights_dtype=self.weights_dtype, sync_every=sync_every
+        )
+
+
+def parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
+    """Loads what a run works with.
+
+    Args:
+      config: a whole configuration.
+      mesh: the one that is set.
+
+    Returns:
+      Parts.
+
+    Raises:
+      ValueError: a field or file does not fit.
+    """
+    check_sources(config)
+    loaded = policy(
+        config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, config.policy.dtype
+    )
+    check_mesh(config, mesh, loaded.config)
+    train_prompts, heldout_prompts = prompts(config.data, loaded.tokenizer, config.eval.num_prompts)
+    how = sampling_config(
+        config,
+        loaded,
+        num_samples=config.sampling.num_samples,
+        max_new_tokens=config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature,
+    )
+    return Parts(
+        policy=loaded,
+        train_prompts=train_prompts,
+        heldout_prompts=heldout_prompts,
+        preference=preference(config.oracle, config.bridge_token_file),
+        sampling=how,
+        features=featurize(config.erm, loaded, how, config.actor.kind),
+        num_features=num_features(config.erm, loaded),
+        servers=policy_servers(config.actor, config.bridge_token_file) if config.actor.kind == "bridge" else None,
+        weights_dtype=config.actor.weights_dtype,
+    )
+
+
+def check_sources(config: ml_collections.ConfigDict) -> None:
+    """Fetches the models that a run reads, or says of all that cannot be had at once.
+
+    Args:
+      config: a whole configuration.
+
+    Raises:
+      ValueError: one line per model that is not there.
+    """
+    sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
+    if config.oracle.kind in ("reward_model", "remote"):
+        sources["oracle.reward_model"] = config.oracle.reward_model
+    faults = []
+    for field, source in sources.items():
+        try:
+            if field == "oracle.reward_model" and config.oracle.kind == "remote":
+                hf.locate(source, weights=False)
+            elif source and not source.startswith(cache.PREFIX):
+                hf.read_config(source)
+        except OSError as error:
+            faults.append(
+                f"config.{field}={source}: {error}; a copy of your own is named with --config.{field}=DIRECTORY"
+            )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
+    """Refuses a mesh that does not divide the batches or the policy.
+
+    Args:
+      config: a whole configuration.
+      mesh: the one that is set.
+      model: the policy's configuration.
+
+    Raises:
+      ValueError: one line per size that is not divided.
+    """
+    batch_sizes = {
+        "data.batch_size": config.data.batch_size,
+        "learner.microbatch_size": config.learner.microbatch_size,
+        "eval.batch_size": config.eval.batch_size,
+        "sampling.batch_size": config.sampling.batch_size,
+    }
+    sharding.check(mesh, batch_sizes, {"policy.source": model})
+
+
+def ensemble_config(config: ml_collections.ConfigDict) -> EnsembleConfig:
+    """Returns how the ERM is built and learns.
+
+    Args:
+      config: the `erm` part of a configuration.
+
+    Returns:
+      EnsembleConfig.
+    """
+    return EnsembleConfig(**{name: config[name] for name in EnsembleConfig.__dataclass_fields__})
+
+
+def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps: int) -> sea.State:
+    """Returns the state of a run before its first step.
+
+    Args:
+      config: a whole configuration.
+      loaded: Parts.
+      total_steps: policy steps of the schedule.
+
+    Returns:
+      State.
+    """
+    model, initial = loaded.policy.config, loaded.policy.initial
+    capacity = max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    return sea.State(
+        learner=learner.init(
+            partition.put(initial, decoder.specs(model, initial)),
+            learner_config(config.learner, config.policy.dtype, total_steps),
+        ),
+        ensemble=ensemble.init(ensemble_config(config.erm), loaded.num_features, key),
+        replay=experience.empty_replay(capacity, loaded.num_features),
+        step=0,
+        queries=0,
+        batches=0,
+    )
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Who answers the batches of prompts.
+
+    Attributes:
+      respond: answers one.
+      settle: returns when nothing is on its way any more; before a checkpoint is saved.
+      checkpointed: told how many batches were used when a checkpoint is saved.
+    """
+
+    respond: Respond
+    settle: Callable[[], None]
+    checkpointed: Callable[[int], None]
+
+
+@contextmanager
+def responder(
+    config: ml_collections.ConfigDict, loaded: Parts, batches: Callable[[int], data.Batch], directory: Path
+) -> Iterator[Responder]:
+    """Opens the way from prompts to candidates.
+
+    Args:
+      config: a whole configuration.
+      loaded: Parts.
+      batches: batch number -> a batch of training prompts.
+      directory: where the responses of an engine are kept until a checkpoint has passed them.
+
+    Yields:
+      Responder.
+    """
+    generate = loaded.generate(loaded.sampling, config.sampling.batch_size, config.actor.sync_every)
+    if config.actor.kind == "in_process":
+        yield Responder(actors.at_once(generate), lambda: None, lambda batches: None)
+        return
+    policy = loaded.policy
+
+    @jax.jit
+    def logprobs(frozen: Params, trained: Params, prompts: Prompts, tokens: Array, lengths: Array) -> Array:
+        (own,) = learner.response_logprobs(
+            frozen, (trained,), prompts, tokens, lengths, config=policy.config, remat=False, dtype=config.policy.dtype
+        )
+        return partition.whole(own)
+
+    def following(number: int) -> tuple[Prompts, Array]:
+        batch = batches(number)  # without planning, batch i is that of step i
+        key = sea.generation_key(jax.random.fold_in(jax.random.key(config.seed), number + 1))
+        return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), key
+
+    journal = responses.Journal(directory, config.checkpoint.keep)
+    with responses.Responses(
+        generate,
+        functools.partial(logprobs, policy.frozen),
+        journal,
+        max_logprob_gap=config.actor.max_logprob_gap,
+        sync_every=config.actor.sync_every,
+        next_batch=following if config.actor.lag else None,
+    ) as answers:
+        yield Responder(answers, answers.settle, journal.checkpointed)
+
+
+def heldout_evaluation(
+    config: ml_collections.ConfigDict,
+    loaded: Parts,
+    best_of_n: int,
+    watched: Callable[[Generate], Generate] = lambda generate: generate,
+) -> Evaluation:
+    """Returns how a policy is evaluated; the initial policy's responses are written on the way.
+
+    Args:
+      config: a whole configuration.
+      loaded: Parts.
+      best_of_n: responses to choose from where the ERM chooses; 0: it never will.
+      watched: put around whoever writes the responses, to see how far he is.
+
+    Returns:
+      Evaluation.
+    """
+    padding, decode = loaded.padding(config.data.bucket), texts(loaded.policy.tokenizer)
+    how = functools.partial(sampling_config, config, loaded.policy, max_new_tokens=config.eval.max_new_tokens)
+    heldout = list(data.once(loaded.heldout_prompts, batch_size=config.eval.batch_size, **padding))
+    few = loaded.heldout_prompts[: config.eval.best_of_n_prompts]
+    many = how(num_samples=max(best_of_n, 1), temperature=config.sampling.temperature)
+    write_one = watched(loaded.generate(how(num_samples=1, temperature=0.0)))
+    write_many = watched(loaded.generate(many, config.sampling.batch_size))
+
+    def greedy(trained: Params, version: int) -> Responses:
+        return evaluation.greedy(write_one, decode, trained, version, heldout)
+
+    def chosen(trained: Params, reward_model: Ensemble, version: int) -> Responses:
+        batches = list(data.once(few, batch_size=config.data.batch_size, **padding))
+        key = jax.random.key(config.seed)
+        return evaluation.best_of_n(write_many, decode, loaded.features, trained, version, reward_model, batches, key)
+
+    return Evaluation(
+        records=[one.record for one in loaded.heldout_prompts],
+        preference=loaded.preference,
+        greedy=greedy,
+        best_of_n=chosen,
+        initial=greedy(loaded.policy.reference, version=0),
+    )

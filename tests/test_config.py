@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -42,9 +43,24 @@ def test_a_policy_must_be_named():
 # What a field may not be, and what its error says would do.
 REFUSED = [
     ("max_queries", 0, "1 or more"),
+    ("mesh", (1, 8), "three numbers"),
+    ("mesh", (-1, -1, 1), "one of them may be -1"),
+    ("mesh", (1, 0, 1), "1 or more"),
+    ("data.num_prompts", -1, "0 or more"),
+    ("sampling.batch_size", -1, "0 or more"),
+    ("actor.kind", "vllm", "one of in_process, bridge"),
+    ("actor.lag", 2, "one of 0, 1"),
+    ("actor.max_logprob_gap", 0.0, "a finite number above 0"),
+    ("erm.trunk_dtype", "int8", "float32 or bfloat16"),
+    ("erm.trunk_batch_size", 0, "1 or more"),
+    ("oracle.dtype", "float16", "float32 or bfloat16"),
+    ("oracle.batch_size", 0, "1 or more"),
+    ("oracle.max_tokens", 0, "1 or more"),
     ("policy.train_last_layers", -1, "0 or more"),
     ("policy.dtype", "float16", "float32 or bfloat16"),
-    ("data.source", "hub", "one of docstrings, jsonl"),
+    ("data.source", "hub", "one of docstrings, jsonl, parquet, huggingface, tfds"),
+    ("data.split", "", "a non-empty text"),
+    ("data.prompt_field", "", "a non-empty text"),
     ("data.heldout_fraction", 0.0, "between 0 and 1"),
     ("data.heldout_fraction", 1.0, "between 0 and 1"),
     ("data.max_prompt_tokens", 0, "1 or more"),
@@ -57,11 +73,28 @@ REFUSED = [
     ("sampling.top_k", -1, "0 or more"),
     ("sampling.top_p", 0.0, "above 0 and up to 1"),
     ("sampling.top_p", 1.5, "above 0 and up to 1"),
+    ("actor.urls", "localhost:8000", "http:// or https:// URLs"),
+    ("actor.urls", "http://localhost:8000,", "separated by commas"),
+    ("actor.urls", "http://localhost:8000/v1", "without a path"),
+    ("actor.urls", "http://localhost:many", "http:// or https:// URLs"),
+    ("actor.urls", "http://user:secret@localhost:8000", "http:// or https:// URLs"),
+    ("actor.sync_every", 0, "1 or more"),
+    ("actor.transport", "nccl", "one of shm, http"),
+    ("actor.weights_directory", "weights", "an absolute path"),
+    ("actor.weights_host", "", "a non-empty text"),
+    ("actor.weights_port", 65536, "a port number, or 0"),
+    ("actor.weights_dtype", "float16", "float32 or bfloat16"),
+    ("actor.timeout_s", 0.0, "above 0"),
+    ("actor.retries", -1, "0 or more"),
+    ("oracle.urls", "ftp://localhost:8000", "http:// or https:// URLs"),
+    ("oracle.timeout_s", 0.0, "above 0"),
+    ("oracle.retries", -1, "0 or more"),
     ("exploration.rule", "thompson", "one of passive, ee_ts, bai_ts, uncertainty, .*or my_module:my_function"),
     ("exploration.rule", "a:b:c", "my_module:my_function"),
     ("exploration.gamma", 0.0, "above 0 and up to 1"),
     ("exploration.gamma", 1.01, "above 0 and up to 1"),
     ("exploration.burn_in_queries", -1, "0 or more"),
+    ("exploration.erm_share", "some", "one of drawn, fixed"),
     ("exploration.erm_pair", "best", "one of duel, max_margin"),
     ("exploration.erm_label", "soft", "one of head, mean"),
     ("exploration.planning_steps", -1, "0 or more"),
@@ -72,6 +105,8 @@ REFUSED = [
     ("erm.learning_rate", 0.0, "above 0"),
     ("erm.weight_decay", -1e-5, "0 or more"),
     ("erm.anchor_strength", -0.5, "0 or more"),
+    ("erm.anchor", "norm", "one of prior, mean"),
+    ("erm.nll", "max", "one of sum, mean"),
     ("erm.steps", 0, "1 or more"),
     ("erm.batch_size", 0, "1 or more"),
     ("erm.replay_capacity", 0, "1 or more"),
@@ -87,7 +122,7 @@ REFUSED = [
     ("learner.weight_decay", -0.1, "0 or more"),
     ("learner.clip_norm", 0.0, "above 0"),
     ("learner.microbatch_size", 0, "1 or more"),
-    ("oracle.kind", "human", "one of embedding, or my_module:my_function"),
+    ("oracle.kind", "human", "one of embedding, reward_model, remote, or my_module:my_function"),
     ("oracle.scale", 0.0, "above 0"),
     ("oracle.label", "hard", "one of deterministic, bradley_terry, soft"),
     ("oracle.flip_probability", 1.1, "from 0 to 1"),
@@ -105,7 +140,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "value", "wanted"), REFUSED)
 def test_a_value_that_cannot_work_is_refused(config, name, value, wanted):
     set_field(config, name, value)
-    with pytest.raises(ValueError, match=rf"(?m)^config\.{name}={value!r}: must be .*{wanted}") as error:
+    with pytest.raises(ValueError, match=rf"(?m)^config\.{name}={re.escape(repr(value))}: must be .*{wanted}") as error:
         configuration.validate(config)
     assert len(str(error.value).splitlines()) == 1
 
@@ -118,9 +153,10 @@ def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
 
 
 def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
-    anything = {"name", "seed", "data.path", "data.heldout_path", "data.prompt_field", "data.reference_field"}
+    anything = {"name", "seed", "data.path", "data.heldout_path", "data.heldout_split", "data.reference_field"}
+    anything |= {"data.subset", "data.directory"}
     anything |= {"data.template", "data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
-    anything |= {"oracle.encoder"}
+    anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
     full, sft = (flatten(made.to_dict()).keys() for made in (configuration.default(), configuration.default_sft()))
     assert full | sft == configuration.RANGES.keys() | anything
     tested = {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
@@ -137,12 +173,54 @@ def test_a_microbatch_must_divide_the_batch(config):
     configuration.validate(config)
 
 
-def test_prompts_from_a_file_need_the_file(config):
-    config.data.source = "jsonl"
-    with pytest.raises(ValueError, match=r"^config\.data\.path='': data\.source=jsonl needs a file"):
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [("jsonl", "a file"), ("parquet", "a file"), ("huggingface", "a directory"), ("tfds", "the name")],
+)
+def test_prompts_from_elsewhere_need_to_know_where(config, source, wanted):
+    config.data.source = source
+    with pytest.raises(ValueError, match=rf"^config\.data\.path='': data\.source={source} needs {wanted}.*$"):
         configuration.validate(config)
-    config.data.path = "prompts.jsonl"
+    config.data.path = "prompts"
     configuration.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "readers"),
+    [
+        ("heldout_path", {"jsonl", "parquet"}),
+        ("split", {"huggingface", "tfds"}),
+        ("heldout_split", {"huggingface", "tfds"}),
+        ("subset", {"huggingface"}),
+        ("directory", {"tfds"}),
+    ],
+)
+def test_a_field_that_the_source_does_not_read_is_refused(config, field, readers):
+    config.data.path, config.data[field] = "prompts", "other"
+    for source in ("docstrings", "jsonl", "parquet", "huggingface", "tfds"):
+        config.data.source = source
+        if source in readers:
+            configuration.validate(config)
+            continue
+        with pytest.raises(ValueError, match=rf"^config\.data\.{field}='other': data\.source={source} does not read"):
+            configuration.validate(config)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("actor", "bridge"), ("oracle", "remote")])
+def test_servers_need_an_address(config, part, kind):
+    config[part].kind, config.oracle.reward_model = kind, "a/reward-model"
+    with pytest.raises(ValueError, match=rf"^config\.{part}\.urls='': {part}\.kind={kind} needs the URL of a server.*$"):
+        configuration.validate(config)
+    config[part].urls = "http://127.0.0.1:8000/, https://elsewhere"
+    configuration.validate(config)
+    assert configuration.addresses(config[part].urls) == ("http://127.0.0.1:8000", "https://elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "remote"])
+def test_a_reward_model_must_be_named(config, kind):
+    config.oracle.kind, config.oracle.urls = kind, "http://127.0.0.1:8000"
+    with pytest.raises(ValueError, match=rf"^config\.oracle\.reward_model='': oracle\.kind={kind} needs a directory"):
+        configuration.validate(config)
 
 
 def test_all_faults_are_named_at_once(config):
@@ -220,6 +298,8 @@ def test_differences(config):
         "config.learner.learning_rate: 5e-07 in the work directory, 1e-05 now",
         "config.loss.beta: None in the work directory, 0.5 now",
     ]
+    config.actor.urls, config.oracle.retries = "http://127.0.0.1:8000", 3  # servers may move while a run stands still
+    assert len(configuration.differences(config, saved)) == 2
     older = json.loads(saved)
     del older["seed"]
     older["gone"] = 1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sea_jax import ensemble, evaluate
+from sea_jax import ensemble, evaluation
 from sea_jax.ensemble import EnsembleConfig
 from sea_jax.types import Array, Candidates, Params, Prompts
 
@@ -18,7 +18,7 @@ def test_ties_count_half_and_the_same_text_is_never_sent() -> None:
         asked.extend(zip(prompts, first, second, strict=True))
         return np.array([0.9, 0.5, 0.2])
 
-    interval, probability = evaluate.compare(
+    interval, probability = evaluation.compare(
         preference, ["p", "q", "r", "s"], ["a", "b", "c", "d"], ["x", "b", "y", "z"]
     )
     assert asked == [("p", "a", "x"), ("r", "c", "y"), ("s", "d", "z")]
@@ -31,11 +31,11 @@ def test_when_nothing_has_changed_nobody_is_asked() -> None:
     def preference(*_: Sequence[str]) -> np.ndarray:
         raise AssertionError
 
-    interval, _ = evaluate.compare(preference, ["p"], ["a"], ["a"])
+    interval, _ = evaluation.compare(preference, ["p"], ["a"], ["a"])
     assert interval.mean == 0.5
 
 
-def numbered(trained: Params, prompts: Prompts, key: Array) -> Candidates:
+def numbered(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
     """Candidate m of prompt b is the token 10 b + m, of length m + 1; its feature is its token."""
     tokens = 10 * prompts.tokens[:, :1, None] + jnp.arange(3)[None, :, None]
     lengths = jnp.broadcast_to(jnp.arange(1, 4), tokens.shape[:2])
@@ -53,7 +53,7 @@ HELD_OUT = [
 
 
 def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
-    responses = evaluate.greedy(numbered, as_text, {}, HELD_OUT)
+    responses = evaluation.greedy(numbered, as_text, {}, 0, HELD_OUT)
     assert responses.texts == ["10", "20", "30"]
     assert responses.lengths.tolist() == [1, 1, 1]
 
@@ -61,11 +61,12 @@ def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
 def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
     reward_model = ensemble.init(EnsembleConfig(num_heads=3, hidden_size=4), 1, jax.random.key(0))
     rewards = np.asarray(ensemble.rewards(reward_model, jnp.arange(10.0, 40.0)[None, :, None]).mean(0))[0]
-    responses = evaluate.best_of_n(
+    responses = evaluation.best_of_n(
         numbered,
         as_text,
         lambda batch, candidates, texts: candidates.features,
         {},
+        0,
         reward_model,
         HELD_OUT,
         jax.random.key(1),

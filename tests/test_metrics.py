@@ -27,6 +27,7 @@ from sea_jax.metrics import (
     read_lines,
     win_rate,
 )
+from tests.full_disk import full_disk
 
 
 def test_wilson_interval_of_8_wins_in_10() -> None:
@@ -209,6 +210,32 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def write_until_full(directory: Path, room: int, text: str) -> None:
+    with Writer(directory) as writer, full_disk(room):
+        for step in range(200):
+            writer.write(step, {"loss": 0.5, "said": text})
+            writer.sample({"step": step, "response": text * 2})
+
+
+@pytest.mark.parametrize(
+    ("room", "text", "named"),
+    [(0, "", "metrics.jsonl"), (5000, "many words " * 9, "samples.jsonl"), (5000, "", "tensorboard")],
+)
+def test_a_full_disk_is_one_error_that_names_the_file_and_a_resumed_run_goes_on(
+    tmp_path: Path, room: int, text: str, named: str
+) -> None:
+    with pytest.raises(
+        OSError, match=rf"{tmp_path}/{named}: File too large. Make room and start the same command again"
+    ):
+        write_until_full(tmp_path, room, text)
+    with Writer(tmp_path, start_step=3) as writer:
+        writer.write(4, {"loss": 0.5})
+    steps = [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert steps == (
+        [0, 4] if room == 0 else [0, 1, 2, 3, 4]
+    )  # what stood in a buffer came through when there was room
 
 
 def test_piped_progress_is_plain_lines() -> None:

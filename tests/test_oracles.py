@@ -2,7 +2,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,11 +129,11 @@ def test_only_a_preference_that_takes_keys_is_given_the_names_of_the_asks():
 
 
 def test_keys_need_a_default_for_when_win_rates_are_measured():
-    def service(prompts, first, second, keys):
+    def service(prompts: Any, first: Any, second: Any, *other: Any, keys: Any) -> Any:
         return np.full(len(prompts), 0.5)
 
     with pytest.raises(ValueError, match=r"function service: its parameter `keys` needs a default of None"):
-        oracles.labelled(service, oracles.soft)
+        oracles.labelled(cast(Any, service), oracles.soft)
 
 
 def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
@@ -237,7 +237,7 @@ def test_similarity_is_the_cosine_of_prompt_and_response(directory, embed):
 
 def test_a_decoder_is_no_encoder(tmp_path):
     hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
-    with pytest.raises(ValueError, match=r"config\.oracle\.encoder=.*expected a BERT encoder, found a decoder"):
+    with pytest.raises(ValueError, match=r"config\.oracle\.encoder=.*expected a BERT encoder, found a llama"):
         oracles.embed_texts(str(tmp_path / "decoder"))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import cache, config, train
+from sea_jax.experience import Ledger
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -39,8 +40,8 @@ def test_the_readmes_own_oracle_loss_rule_and_prompts_run(tmp_path: Path, monkey
     settings.update_from_flattened_dict(own | data | {"data.reference_field": "", "max_queries": 8})
     cache.keep_compiled_programs()
     train.train(settings, tmp_path / "run")
-    ledger = [json.loads(line) for line in (tmp_path / "run" / "queries.jsonl").read_text().splitlines()]
-    paid = [line for line in ledger if line["counted"]]
+    with Ledger(tmp_path / "run" / "queries.jsonl", writes=False) as ledger:
+        paid = [line for line in ledger.lines() if line["counted"]]
     assert len(paid) == 8
     assert all(line["label"] == float(len(line["first"]) < len(line["second"])) for line in paid)
 

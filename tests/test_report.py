@@ -41,7 +41,8 @@ def made_up_run(
     (workdir / "config.json").write_text(json.dumps(config))
     contents = {
         "metrics.jsonl": [{"step": step, **line} for step, line in enumerate(metrics)],
-        "queries.jsonl": [{"key": str(key), "counted": counted} for key, counted in enumerate(labels)],
+        "queries.jsonl": [{"event": "ask", "key": "0"}]
+        + [{"event": "label", "key": str(key), "counted": counted} for key, counted in enumerate(labels)],
         "samples.jsonl": samples,
     }
     for name, lines in contents.items():

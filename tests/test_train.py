@@ -15,6 +15,7 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import agent, builtin, cache, metrics, train
+from sea_jax.experience import Ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +61,11 @@ def test_everything_a_run_owes_is_on_disk(finished: Path) -> None:
 
 
 def test_the_budget_is_exact_and_every_label_is_in_the_ledger(finished: Path) -> None:
-    ledger = lines(finished / "queries.jsonl")
+    with Ledger(finished / "queries.jsonl", writes=False) as opened:
+        ledger = opened.lines()
     counted = [line for line in ledger if line["counted"]]
     assert len(counted) == 24 == lines(finished / "metrics.jsonl")[-1]["misc/query_step"]
+    assert len([line for line in lines(finished / "queries.jsonl") if line["event"] == "ask"]) == 24
     assert all(line["labeller"] == "oracle" and line["label"] in (0, 0.5, 1) for line in counted)
     uncounted = [line for line in ledger if not line["counted"]]
     assert uncounted, "gamma and planning must give ERM labels in this configuration"
@@ -115,21 +118,29 @@ def test_a_run_cut_off_after_its_labels_goes_on_to_the_same_numbers_and_pays_not
     assert outcome(workdir) == outcome(finished)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_the_same_command_goes_on(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_save_say_so_and_the_same_command_goes_on(
+    number: signal.Signals,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     real_step = agent.step
 
     def interrupted(this: agent.Agent, state: agent.State, key: Any) -> Any:
         if state.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real_step(this, state, key)
 
     monkeypatch.setattr(agent, "step", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train.train(configured(), tmp_path)
     assert stopped.value.code == 130
+    assert f"{number.name}: stopping after this step" in caplog.text
+    assert "stopped at step 3 and saved" in caplog.text
     assert outcome(tmp_path)[-1]["step"] == 3
+    assert (tmp_path / "checkpoints" / "3").is_dir()
     monkeypatch.setattr(agent, "step", real_step)
     train.train(configured(), tmp_path)
     assert outcome(tmp_path) == outcome(finished)

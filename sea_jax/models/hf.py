@@ -86,7 +86,7 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
       ValueError: weights in pickle form only, a truncated or corrupt file, an unsupported configuration, a tensor
         without a place, a parameter without a tensor, a tensor of another shape; the message names it.
     """
-    directory = _directory(source)
+    directory = locate(source)
     config = read_config(directory)
     if cuts and not isinstance(config, ModelConfig):
         raise ValueError(f"cuts {tuple(cuts)} divide the layers of a decoder, but {directory} holds an encoder")
@@ -108,7 +108,39 @@ def read_config(source: str | Path) -> Config:
       FileNotFoundError: a directory or config.json that is not there, or a hub that cannot give it.
       ValueError: an unsupported configuration; the message names the field.
     """
-    return configs.from_hf(_json(_directory(source) / "config.json"))
+    return configs.from_hf(_json(locate(source) / "config.json"))
+
+
+def locate(source: str | Path, *, weights: bool = True) -> Path:
+    """Returns the directory that a source stands for, fetching from the hub what is not here yet.
+
+    Args:
+      source: as for `load`.
+      weights: fetch these too; without them there are config.json and the tokenizer's files.
+
+    Raises:
+      FileNotFoundError: there is no such directory, and the hub does not give it.
+    """
+    name = str(source)
+    if name.startswith("builtin:"):
+        from sea_jax import builtin
+
+        return builtin.directory(name.removeprefix("builtin:"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    # Names on the hub have the form name or owner/name.
+    if isinstance(source, Path) or path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{path} is not a directory; pass one that holds config.json and the weights")
+    try:
+        patterns = ["*.json", *_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # The hub's client lets errors of its HTTP library through.
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise FileNotFoundError(
+            f"{name!r} is no directory here, and the Hugging Face hub did not give it ({reason}); "
+            "pass a directory that holds config.json and the weights"
+        ) from error
 
 
 def save(
@@ -133,7 +165,7 @@ def save(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; pass a directory that does not exist yet")
-    tensors = _to_tensors(config, params)
+    tensors = to_tensors(config, params)
     fields = configs.to_hf(config) | {"dtype": "float32", "torch_dtype": "float32"}
     # Without these fields transformers would assume its own defaults, which are some other tokenizer's ids.
     fields |= dict.fromkeys(_TOKEN_IDS)
@@ -156,30 +188,6 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _directory(source: str | Path) -> Path:
-    """The directory that a source stands for."""
-    name = str(source)
-    if name.startswith("builtin:"):
-        from sea_jax import builtin
-
-        return builtin.directory(name.removeprefix("builtin:"))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    # Names on the hub have the form name or owner/name.
-    if isinstance(source, Path) or path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"{path} is not a directory; pass one that holds config.json and the weights")
-    try:
-        patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # The hub's client lets errors of its HTTP library through.
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise FileNotFoundError(
-            f"{name!r} is no directory here, and the Hugging Face hub did not give it ({reason}); "
-            "pass a directory that holds config.json and the weights"
-        ) from error
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -214,14 +222,18 @@ def _tensors(directory: Path, config: Config) -> dict[str, Stored]:
     raise FileNotFoundError(f"{directory} holds no *.safetensors and no *.gguf; pass a directory with the weights")
 
 
-def _places(params: Params) -> dict[Place, np.ndarray]:
-    """Every parameter of every layer as a view of the leaf it is a part of."""
+def _num_layers(params: Params) -> int:
+    """The number of layers that parameters have."""
+    return sum(len(jax.tree.leaves(stack)[0]) for stack in params["stacks"])
+
+
+def _places(params: Params, first: int = 0) -> dict[Place, np.ndarray]:
+    """Every parameter of every layer, numbered from the first, as a view of the leaf it is a part of."""
     outer = {name: value for name, value in params.items() if name != "stacks"}
     places: dict[Place, np.ndarray] = {(None, path): leaf for path, leaf in flatten_dict(outer, sep="/").items()}
     if "score" in params:
         # In a checkpoint it is a matrix with one row, that of the one label.
         places[None, "score"] = params["score"][None]
-    first = 0
     for stack in params["stacks"]:
         leaves = flatten_dict(stack, sep="/")
         count = len(next(iter(leaves.values())))
@@ -283,21 +295,37 @@ def _check_tied(name: str, given: Mapping[str, Stored], expected: Mapping[str, t
         )
 
 
-def _to_tensors(config: Config, params: Params) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint, from parameters that must be those of the configuration."""
+def to_tensors(
+    config: Config, params: Params, dtype: Any = np.float32, *, last_part: bool = False
+) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint.
+
+    Args:
+      config: the model's configuration.
+      params: the model's parameters as arrays of the host, their layers divided in any way.
+      dtype: of the tensors.
+      last_part: the parameters may lack others: their layers are the model's last.
+
+    Returns:
+      Tensors by the names of Hugging Face checkpoints; those that hold what the parameters lack are left out.
+
+    Raises:
+      ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.
+    """
     specs = _places(jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), abstract(config)))
-    places = _places(jax.tree.map(np.asarray, params))
-    for place in sorted(set(specs) ^ set(places), key=str):
+    first = config.num_layers - _num_layers(params) if last_part else 0
+    places = _places(jax.tree.map(np.asarray, params), first)
+    for place in sorted(set(places) - set(specs) if last_part else set(specs) ^ set(places), key=str):
         found, wanted = ("it is", "not in") if place in places else ("it is not", "in")
         raise ValueError(f"parameter {place[1]!r} of layer {place[0]}: {found} given, but {wanted} the configuration")
-    for place, spec in specs.items():
-        if places[place].shape != spec.shape:
+    for place, part in places.items():
+        if part.shape != specs[place].shape:
             raise ValueError(
-                f"parameter {place[1]!r} of layer {place[0]} has shape {places[place].shape}, expected {spec.shape}"
+                f"parameter {place[1]!r} of layer {place[0]} has shape {part.shape}, expected {specs[place].shape}"
             )
 
     def rows(place: Place) -> np.ndarray:
-        part = places[place].astype(np.float32)
+        part = places[place].astype(dtype)
         # save_file writes the memory as it lies, so a transposed view must become an array of its own.
         return np.ascontiguousarray(part.T if place[1].endswith("kernel") else part)
 

@@ -1,0 +1,488 @@
+"""Evaluates a trained run alone, and exports its policy: `python -m sea_jax.evaluate --workdir=runs/quickstart-seed0`."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sea_jax import cache, checkpoint, console, ensemble, evaluation, metrics, processes, sharding, wiring
+from sea_jax import config as configuration
+from sea_jax.actors import Generate
+from sea_jax.evaluation import Evaluation, Responses
+from sea_jax.metrics import Interval
+from sea_jax.train import WORKDIR
+from sea_jax.types import Array, Candidates, Params, Prompts
+
+for shared in ("workdir", "coordinator", "num_processes", "process_id"):
+    flags.declare_key_flag(shared)  # so that --help shows them
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
+BEST_OF = flags.DEFINE_integer(
+    "best_of", None, "Also the best of so many responses under the run's ensemble.", lower_bound=1
+)
+EXPORT = flags.DEFINE_string("export", None, "Also write the policy there, as a Hugging Face directory.")
+MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Devices along data, fsdp and tensor, such as 1,-1,1; default: the run's own mesh if it fits, else 1,N,1.",
+)
+NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Held-out prompts; default: the run's own.", lower_bound=1)
+
+
+def evaluate(
+    workdir: Path,
+    *,
+    step: int | None = None,
+    best_of: int = 0,
+    export: Path | None = None,
+    mesh: Sequence[int] | None = None,
+    num_prompts: int | None = None,
+) -> None:
+    """Measures a checkpoint's policy on held-out prompts, writes numbers and responses into the work directory, and exports.
+
+    Args:
+      workdir: where `train` wrote; its checkpoints are only read, a run may be writing there.
+      step: of the checkpoint; None: the newest one that can be read.
+      best_of: N of best of N under the ensemble; 0: not.
+      export: where the policy goes as a Hugging Face directory; None: nowhere.
+      mesh: devices along "data", "fsdp" and "tensor"; None: see `fitting_mesh`.
+      num_prompts: held-out prompts; None: as many as the run's own evaluations.
+
+    Raises:
+      ValueError: a flag, the work directory or a checkpoint does not fit.
+      OSError: a file cannot be read or written.
+    """
+    config = saved_configuration(workdir)
+    check_checkpoint(workdir / "checkpoints", step)
+    if export is not None:
+        check_export(export)
+    config.actor.kind, config.actor.lag = (
+        "in_process",
+        0,
+    )  # servers may be gone, or hold newer weights for the run itself
+    if num_prompts is not None:
+        config.eval.num_prompts = num_prompts
+    config.mesh = tuple(mesh) if mesh else fitting_mesh(config)
+    configuration.validate(config)
+    made = sharding.make(config.mesh)
+    config.mesh = tuple(made.shape.values())
+    with jax.set_mesh(made):
+        evaluate_on(made, config, workdir, step=step, best_of=best_of, export=export)
+
+
+def evaluate_on(
+    mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path, *, step: int | None, best_of: int, export: Path | None
+) -> None:
+    """Evaluates on a mesh that is set; everything else as in `evaluate`.
+
+    Args:
+      mesh: the mesh.
+      config: the run's configuration.
+      workdir: where `train` wrote.
+      step: of the checkpoint, or None.
+      best_of: N, or 0.
+      export: where to, or None.
+    """
+    # --------------------------------------------------------------------------------------------------------- What is there
+    parts = wiring.parts(config, mesh)
+    step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
+    trained, version = state["learner/trained"], int(state["learner/step"])
+
+    # -------------------------------------------------------------------------------------------------------------- Responses
+    few = min(config.eval.best_of_n_prompts, len(parts.heldout_prompts)) if best_of else 0
+    batches = 2 * math.ceil(len(parts.heldout_prompts) / config.eval.batch_size) + math.ceil(
+        few / config.data.batch_size
+    )
+    with watching(batches) as watched:
+        heldout = wiring.heldout_evaluation(config, parts, best_of, watched)
+        written = {"initial": heldout.initial, "response": heldout.greedy(trained, version)}
+        if best_of:
+            written["best_of_n"] = heldout.best_of_n(trained, state["ensemble"], version)
+
+    # ------------------------------------------------------------------------------------------------------ Win rates, export
+    comparisons = compared(heldout, written)
+    lengths = {name: float(responses.lengths.mean()) for name, responses in written.items()}
+    settings = {
+        "mesh": list(config.mesh),
+        "num_prompts": len(heldout.records),
+        "max_new_tokens": config.eval.max_new_tokens,
+        "best_of_n": best_of,
+        "best_of_n_prompts": few,
+        "temperature": config.sampling.temperature,  # of what the best is chosen from; the others are greedy
+        "seed": config.seed,
+    }
+    numbers = {
+        "step": step,
+        "queries": state["queries"],
+        "policy_steps": version,
+        "win_rates": {comparison.name: comparison.row() for comparison in comparisons},
+        "response_tokens": lengths,
+        "settings": settings,
+    }
+    if processes.is_first():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(heldout, written, comparisons))
+        replace(workdir / f"responses-{step}.jsonl", "".join(lines))
+        replace(workdir / f"evaluation-{step}.json", json.dumps(numbers, indent=2) + "\n")
+        print(f"step {step}: {state['queries']} queries, {version} policy steps\n")
+        titles = {
+            "response": "policy",
+            "best_of_n": f"best of {best_of}",
+            "initial": "initial policy",
+            "reference": "references",
+        }
+        print(table(comparisons, lengths, titles))
+        print(
+            f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
+        )
+    if export is not None:
+        wiring.export(parts.policy, trained, export)
+        if processes.is_first():
+            print(f"The policy is in {export}, as Hugging Face's libraries read it.")
+
+
+def saved_configuration(workdir: Path) -> ml_collections.ConfigDict:
+    """Returns the configuration that a run left in its work directory.
+
+    Args:
+      workdir: where `train` wrote.
+
+    Returns:
+      A locked ConfigDict.
+
+    Raises:
+      ValueError: there is none, or it is not one of this version.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        found = "holds no config.json" if workdir.is_dir() else "is no directory"
+        raise ValueError(f"--workdir={workdir} {found}; name one that `python -m sea_jax.train` wrote to")
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    config = configuration.default()
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{path} holds a {type(saved).__name__}; a JSON object is needed")
+    known, found_fields = configuration.flatten(config.to_dict()), configuration.flatten(saved)
+    faults = [f"config.{name}: not a field of this version" for name in found_fields if name not in known]
+    faults += [
+        f"config.{name}: missing there; the default is {json.dumps(known[name])}"
+        for name in known
+        if name not in found_fields
+    ]
+    if faults:
+        raise ValueError(
+            f"{path} was written by another version of sea_jax; change it, or use that version:\n" + "\n".join(faults)
+        )
+    for name, value in found_fields.items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: config.{name}={value!r}: {error}") from error
+    return config
+
+
+def check_checkpoint(directory: Path, step: int | None) -> None:
+    """Refuses a step of which there is no checkpoint, and a run that has none.
+
+    Args:
+      directory: the run's checkpoints.
+      step: from the command line; None: any.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = checkpoint.steps(directory)
+    if not found:
+        raise ValueError(f"{directory} holds no checkpoint; the run writes the first one before its first step")
+    if step is not None and step not in found:
+        raise ValueError(
+            f"--checkpoint={step}: there is no such checkpoint; there are those of the steps {_listed(found)}"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def check_export(directory: Path) -> None:
+    """Refuses a place that holds something.
+
+    Args:
+      directory: from the command line.
+
+    Raises:
+      ValueError: it does.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"--export={directory} {'is not empty' if directory.is_dir() else 'is a file'}; name a new directory"
+        )
+
+
+def fitting_mesh(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Returns the run's own mesh if the devices here can make it, else one that divides the parameters over as many as can be.
+
+    Args:
+      config: the run's configuration.
+
+    Returns:
+      Devices along "data", "fsdp" and "tensor"; with several processes, all of them.
+    """
+    used, here, alone = math.prod(config.mesh), len(jax.devices()), jax.process_count() == 1
+    if used == here or (used < here and alone):
+        return tuple(config.mesh)
+    batches = (
+        config.data.batch_size,
+        config.learner.microbatch_size,
+        config.eval.batch_size,
+        config.sampling.batch_size,
+    )
+    return (1, math.gcd(here, *batches) if alone else -1, 1)
+
+
+def wanted(config: ml_collections.ConfigDict, parts: wiring.Parts, mesh: Mesh, ensemble_too: bool) -> dict[str, Any]:
+    """Returns which parts of a run's state an evaluation reads, and where they lie: neither Adam's moments nor the replay.
+
+    Args:
+      config: the run's configuration.
+      parts: Parts.
+      mesh: the one that is set.
+      ensemble_too: the ensemble is needed.
+
+    Returns:
+      Path in the state -> shapes with shardings.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x: Any, sharding: Any = whole, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    heads = jax.eval_shape(
+        lambda key: ensemble.init(wiring.ensemble_config(config.erm), parts.num_features, key), jax.random.key(0)
+    )
+    return {
+        "learner/trained": jax.tree.map(lambda x: placed(x, x.sharding, jnp.float32), parts.policy.reference),
+        "learner/step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "queries": 0,
+    } | ({"ensemble": jax.tree.map(placed, heads)} if ensemble_too else {})
+
+
+@contextmanager
+def watching(total: int) -> Iterator[Any]:
+    """Shows how many batches of responses are written.
+
+    Args:
+      total: how many there will be.
+
+    Yields:
+      What is put around whoever writes them.
+    """
+    done = 0
+    with metrics.Progress(total, "batch") as progress:
+
+        def watched(generate: Generate) -> Generate:
+            def generate_and_show(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
+                nonlocal done
+                candidates = jax.block_until_ready(generate(trained, prompts, key, version))
+                done += 1
+                progress.update(done, {})
+                return candidates
+
+            return generate_and_show
+
+        yield watched
+
+
+# ------------------------------------------------------------------------------------------------------------------ Comparisons
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How often one kind of responses wins against another.
+
+    Attributes:
+      responses: "response" (the policy's, greedily), "best_of_n" or "initial" (the initial policy's, greedily).
+      against: "initial" or "reference".
+      interval: the win rate.
+      probability: P(response wins), one for each prompt; None where there is nothing to win against.
+    """
+
+    responses: str
+    against: str
+    interval: Interval
+    probability: list[float | None]
+
+    @property
+    def name(self) -> str:
+        """Such as response_over_initial."""
+        return f"{self.responses}_over_{self.against}"
+
+    def row(self) -> dict[str, Any]:
+        """Returns it as evaluation-STEP.json holds it."""
+        return {
+            "win_rate": self.interval.mean,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "prompts": self.interval.count,
+        }
+
+
+def compared(heldout: Evaluation, written: Mapping[str, Responses]) -> list[Comparison]:
+    """Compares every kind of responses with the initial policy's and with the data set's references, where there are any.
+
+    Args:
+      heldout: Evaluation.
+      written: name -> responses to the first of the held-out prompts.
+
+    Returns:
+      Comparisons.
+    """
+    opponents: dict[str, list[str | None]] = {
+        "initial": list(heldout.initial.texts),
+        "reference": [record["reference"].strip() or None for record in heldout.records],
+    }
+    pairs = [(name, against) for name in ("response", "best_of_n", "initial") for against in opponents]
+    pairs = [(name, against) for name, against in pairs if name in written and name != against]
+    comparisons = []
+    with metrics.Progress(len(pairs), "comparison") as progress:
+        for done, (name, against) in enumerate(pairs, start=1):
+            comparisons.append(compare(heldout, name, written[name].texts, against, opponents[against]))
+            progress.update(done, {})
+    return [comparison for comparison in comparisons if comparison is not None]
+
+
+def compare(
+    heldout: Evaluation, name: str, texts: Sequence[str], against: str, opponents: Sequence[str | None]
+) -> Comparison | None:
+    """Compares responses with others, on the prompts to which there are others.
+
+    Args:
+      heldout: Evaluation.
+      name: of the responses.
+      texts: to the first n of the held-out prompts.
+      against: name of the others.
+      opponents: to the held-out prompts.
+
+    Returns:
+      A comparison; None if there are no others.
+    """
+    triples = [
+        (record["prompt"], text, opponent)
+        for record, text, opponent in zip(heldout.records, texts, opponents, strict=False)
+        if opponent is not None
+    ]
+    if not triples:
+        return None
+    prompts, ours, others = (list(column) for column in zip(*triples, strict=True))
+    interval, probability = evaluation.compare(heldout.preference, prompts, ours, others)
+    known = iter(probability.tolist())
+    spread = [None if opponent is None else next(known) for opponent in opponents[: len(texts)]]
+    return Comparison(name, against, interval, spread)
+
+
+def rows(
+    heldout: Evaluation, written: Mapping[str, Responses], comparisons: Sequence[Comparison]
+) -> Iterator[dict[str, Any]]:
+    """Yields what responses-STEP.jsonl holds.
+
+    Args:
+      heldout: Evaluation.
+      written: name -> responses to the first of the held-out prompts.
+      comparisons: of these.
+
+    Yields:
+      One record per prompt, with P(response wins) for each comparison that it is part of.
+    """
+    for i, record in enumerate(heldout.records):
+        yield {
+            "prompt_id": record["id"],
+            "prompt": record["prompt"],
+            "reference": record["reference"],
+            **{name: responses.texts[i] for name, responses in written.items() if i < len(responses.texts)},
+            **{
+                one.name: one.probability[i]
+                for one in comparisons
+                if i < len(one.probability) and one.probability[i] is not None
+            },
+        }
+
+
+def table(comparisons: Sequence[Comparison], lengths: Mapping[str, float], titles: Mapping[str, str]) -> str:
+    """Returns the win rates as a Markdown table.
+
+    Args:
+      comparisons: its rows.
+      lengths: mean tokens of each kind of responses.
+      titles: what each kind is called.
+    """
+    lines = [
+        "| responses of | tokens | against | prompts | win rate [95% interval] |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    for one in comparisons:
+        rate = f"{one.interval.mean:.3f} [{one.interval.low:.3f}, {one.interval.high:.3f}]"
+        cells = [
+            titles[one.responses],
+            f"{lengths[one.responses]:.1f}",
+            titles[one.against],
+            str(one.interval.count),
+            rate,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+      path: the file.
+      text: what it will hold.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def mesh_shape(text: str) -> tuple[int, ...]:
+    """Returns the numbers of --mesh.
+
+    Args:
+      text: such as 1,-1,1.
+
+    Raises:
+      ValueError: they are no numbers.
+    """
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--mesh={text}: give the devices along data, fsdp and tensor, such as 1,-1,1") from error
+
+
+def main() -> None:
+    """Reads the flags and evaluates."""
+    if console.CONFIG.value is not None:
+        raise ValueError("--config: the configuration is the work directory's config.json; leave it out")
+    cache.keep_compiled_programs()
+    console.join_processes()
+    evaluate(
+        Path(str(WORKDIR.value)),
+        step=CHECKPOINT.value,
+        best_of=BEST_OF.value or 0,
+        export=None if EXPORT.value is None else Path(EXPORT.value).expanduser(),
+        mesh=None if MESH.value is None else mesh_shape(MESH.value),
+        num_prompts=NUM_PROMPTS.value,
+    )
+
+
+if __name__ == "__main__":
+    console.run(main, required="workdir")

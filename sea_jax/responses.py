@@ -1,0 +1,199 @@
+"""Responses that another process wrote: held against the learner's own log-probs, kept on disk, written a batch ahead."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sea_jax.actors import Generate
+from sea_jax.types import Array, Candidates, Params, Prompts
+
+COMPARED = 2  # responses to each prompt whose log-probs are compared
+
+
+@dataclass(frozen=True)
+class Written:
+    """A batch of responses.
+
+    Attributes:
+      candidates: Candidates.
+      version: how many policy steps had made the policy that wrote them.
+      logprob_gap: mean over tokens of |log-prob of who wrote them - log-prob of the learner's policy of that version|;
+        None where the learner had gone on from that version.
+    """
+
+    candidates: Candidates
+    version: int
+    logprob_gap: float | None
+
+
+class Journal:
+    """The responses to the last batches of prompts, a file each: whoever wrote them need not write the same again.
+
+    A run that goes on from a checkpoint comes past the batches behind it once more. The same texts must then be there, or
+    the labels that were paid for would belong to others.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """Opens a directory.
+
+        Args:
+          directory: made if there is none.
+          keep: checkpoints that are kept; responses are, as long as one of these has not passed them.
+        """
+        self._directory = directory
+        self._passed: deque[int] = deque(maxlen=keep + 1)  # the newest may still be on its way to the disk
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def find(self, number: int) -> Written | None:
+        """Returns the responses to a batch, or None.
+
+        Args:
+          number: of the batch.
+        """
+        path = self._path(number)
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as stored:
+            fields = {name: stored[name] for name in stored.files}
+        about = json.loads(str(fields.pop("about")))
+        return Written(Candidates(**fields), about["version"], about["logprob_gap"])
+
+    def record(self, number: int, written: Written) -> None:
+        """Writes the responses to a batch and returns when they are on disk.
+
+        Args:
+          number: of the batch.
+          written: Written.
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
+        about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
+        unfinished = self._path(number).with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            np.savez(file, about=np.array(about), **fields)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._path(number))
+
+    def checkpointed(self, batches: int) -> None:
+        """Forgets what no checkpoint that is kept can come past again.
+
+        Args:
+          batches: prompts of so many batches were used when a checkpoint was saved.
+        """
+        self._passed.append(batches)
+        if len(self._passed) == self._passed.maxlen:
+            for path in self._directory.glob("*.npz"):
+                if int(path.stem) < self._passed[0]:
+                    path.unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number}.npz"
+
+
+class Responses:
+    """Answers batch after batch, from the journal where it can.
+
+    With `next_batch` the engine writes the next batch while the learner works on this one: its policy is then a step old.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        logprobs: Callable[[Params, Prompts, Array, Array], Array],
+        journal: Journal,
+        *,
+        max_logprob_gap: float,
+        sync_every: int = 1,
+        next_batch: Callable[[int], tuple[Prompts, Array]] | None = None,
+    ) -> None:
+        """Takes the parts.
+
+        Args:
+          generate: who writes.
+          logprobs: trained parameters, Prompts, tokens [B, m, T], lengths [B, m] -> the learner's log-probs [B, m, T].
+          journal: Journal.
+          max_logprob_gap: nats per token; a greater one stops the run.
+          sync_every: policy steps after which who writes is given the new weights.
+          next_batch: number of a batch -> its prompts and the key that it is answered with; None: nothing is written ahead.
+        """
+        self._generate, self._logprobs, self._journal = generate, logprobs, journal
+        self._max_logprob_gap, self._sync_every, self._next_batch = max_logprob_gap, sync_every, next_batch
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: tuple[int, Prompts, Params, int, Future[Candidates]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=error is None, cancel_futures=True)
+
+    def __call__(
+        self, number: int, trained: Params, prompts: Prompts, key: Array, version: int
+    ) -> tuple[Candidates, Mapping[str, float]]:
+        """Returns the responses to a batch.
+
+        Args:
+          number: of the batch.
+          trained: the trained part of the policy's parameters.
+          prompts: Prompts.
+          key: random key.
+          version: how many policy steps made the parameters.
+
+        Returns:
+          Candidates and {"actor/logprob_gap", "actor/staleness"}: nats per token, policy steps.
+
+        Raises:
+          ValueError: the learner and whoever wrote the responses disagree on their log-probs.
+        """
+        self.settle()
+        written = self._journal.find(number)
+        if written is None:
+            written = self._finished(prompts, trained, version, self._generate(trained, prompts, key, version))
+            self._journal.record(number, written)
+        if self._next_batch is not None and self._journal.find(number + 1) is None:
+            following, following_key = self._next_batch(number + 1)
+            copy = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
+            future = self._thread.submit(self._generate, copy, following, following_key, version)
+            self._pending = (number + 1, following, copy, version, future)
+        candidates = jax.tree.map(jnp.asarray, written.candidates)
+        gap = {} if written.logprob_gap is None else {"actor/logprob_gap": written.logprob_gap}
+        return candidates, {"actor/staleness": version - written.version} | gap
+
+    def settle(self) -> None:
+        """Returns when what is being written ahead is on disk; a checkpoint must not be saved before."""
+        if self._pending is not None:
+            number, prompts, trained, version, future = self._pending
+            self._pending = None
+            self._journal.record(number, self._finished(prompts, trained, version, future.result()))
+
+    def _finished(self, prompts: Prompts, trained: Params, version: int, candidates: Candidates) -> Written:
+        """Compares log-probs where both have the same weights."""
+        behind = version % self._sync_every
+        if behind:
+            return Written(candidates, version - behind, None)
+        some, lengths = candidates.tokens[:, :COMPARED], candidates.lengths[:, :COMPARED]
+        own = np.asarray(self._logprobs(trained, prompts, some, lengths))
+        valid = np.arange(own.shape[-1]) < np.asarray(lengths)[..., None]
+        gap = float(np.abs(own - np.asarray(candidates.logprobs[:, :COMPARED]))[valid].mean())
+        if not gap <= self._max_logprob_gap:
+            raise ValueError(
+                f"actor/logprob_gap is {gap:.4f} nats per token after {version} policy steps, above "
+                f"config.actor.max_logprob_gap={self._max_logprob_gap}: the engine does not compute what the learner does. "
+                "Does it serve the same model, in a dtype that is precise enough? The oracle was asked nothing of this batch"
+            )
+        return Written(candidates, version, gap)

@@ -1,0 +1,319 @@
+"""Evaluating a finished run alone: the same numbers as the run's own, the policy for others to load, nothing touched."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny_random
+from sea_jax import cache, checkpoint, evaluate, learner, sharding, train, wiring
+from sea_jax.models import hf
+from tests.taste import arbitrary
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a whole run in which the policy has changed."""
+    cache.keep_compiled_programs()
+    config = tiny_random.get_config()
+    config.learner.learning_rate = 3e-2
+    config.oracle.kind = "tests.taste:arbitrary"
+    config.eval.against_references = True
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.train(config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to do damage to."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(workdir: Path, step: int) -> dict[str, Any]:
+    return json.loads((workdir / f"evaluation-{step}.json").read_text())
+
+
+def newest(workdir: Path) -> int:
+    return checkpoint.steps(workdir / "checkpoints")[-1]
+
+
+LOGGED_AS = {"response_over_initial": "rm", "response_over_reference": "rm_reference", "best_of_n_over_initial": "bon"}
+
+
+def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: Path) -> None:
+    evaluate.evaluate(run, best_of=2)
+    logged, found = lines(run / "metrics.jsonl")[-1], numbers(run, newest(run))
+    assert (found["step"], found["queries"]) == (logged["step"], 24)
+    assert found["policy_steps"] == logged["misc/gradient_steps"]
+    assert logged["eval/rm_win_rate"] != 0.5 != logged["eval/bon_win_rate"]
+    for name, metric in LOGGED_AS.items():
+        rate = found["win_rates"][name]
+        assert rate["win_rate"] == logged[f"eval/{metric}_win_rate"]
+        assert rate["low"] == logged[f"eval/{metric}_win_rate_low"]
+        assert rate["high"] == logged[f"eval/{metric}_win_rate_high"]
+        assert rate["prompts"] == 6
+    for name, metric in {"response": "rm", "best_of_n": "bon", "initial": "initial"}.items():
+        assert found["response_tokens"][name] == logged[f"eval/{metric}_response_length"]
+    assert found["settings"]["mesh"] == [1, 1, 1]
+    rows = lines(run / f"responses-{newest(run)}.jsonl")
+    samples = [sample for sample in lines(run / "samples.jsonl") if sample["step"] == newest(run)]
+    for row, sample in zip(rows, samples, strict=True):
+        assert all(row[name] == sample[name] for name in ("prompt_id", "prompt", "reference", "initial", "response"))
+        assert row["response_over_initial"] == sample["win_probability"]
+        against_reference = arbitrary([row["prompt"]], [row["best_of_n"]], [row["reference"]])
+        assert row["best_of_n_over_reference"] == against_reference[0]
+    assert not list(run.glob("*.tmp"))
+
+
+def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(run: Path, tmp_path: Path) -> None:
+    prompts = lines(Path(tiny_random.get_config().data.path))
+    rows = lines(run / "samples.jsonl")[-6:]
+    bare = {row["prompt"] for row in rows[1:3]}
+    for prompt in prompts:
+        if prompt["prompt"] in bare:
+            prompt["reference"] = " "
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["path"] = str(tmp_path / "prompts.jsonl")
+    config["mesh"] = [64, 1, 1]  # as if trained on devices that are not here
+    config["actor"] |= {"kind": "bridge", "urls": "http://127.0.0.1:9", "lag": 1}  # and with servers that are gone
+    (run / "config.json").write_text(json.dumps(config))
+    evaluate.evaluate(run, num_prompts=4)
+    rates, settings = (numbers(run, newest(run))[name] for name in ("win_rates", "settings"))
+    assert settings["mesh"] == [
+        1,
+        math.gcd(2, jax.device_count()),
+        1,
+    ]  # 2 is what a mesh must divide: learner.microbatch_size
+    assert settings["num_prompts"] == 4
+    assert {name: rate["prompts"] for name, rate in rates.items()} == {
+        "response_over_initial": 4,
+        "response_over_reference": 2,
+        "initial_over_reference": 2,
+    }
+    found = lines(run / f"responses-{newest(run)}.jsonl")
+    assert ["response_over_reference" in row for row in found] == [True, False, False, True]
+    last = arbitrary([""], [found[3]["response"]], [found[3]["reference"]])[0]
+    assert found[3]["response_over_reference"] == last
+
+
+# ---- The command, and what it exports
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the command has read, written and said."""
+
+    workdir: Path
+    policy: Path
+    said: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def done(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The command, run once."""
+    workdir = tmp_path_factory.mktemp("done") / "run"
+    shutil.copytree(finished, workdir)
+    policy = workdir.parent / "policy"
+    command = [sys.executable, "-m", "sea_jax.evaluate", f"--workdir={workdir}", f"--export={policy}", "--mesh=1,1,1"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert said.returncode == 0, said.stderr
+    return Done(workdir, policy, said)
+
+
+def test_the_command_shows_how_far_it_is_and_prints_the_win_rates(done: Done) -> None:
+    rates = numbers(done.workdir, newest(done.workdir))["win_rates"]
+    rate = rates["response_over_initial"]
+    row = f"| initial policy | 6 | {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] |"
+    assert row in done.said.stdout
+    assert "batch 4/4" in done.said.stderr
+    assert "best_of_n_over_initial" not in rates
+
+
+def test_the_export_holds_the_frozen_and_the_trained_parameters(done: Done) -> None:
+    config = evaluate.saved_configuration(done.workdir)
+    mesh = sharding.make(config.mesh)
+    with jax.set_mesh(mesh):
+        parts = wiring.parts(config, mesh)
+        with checkpoint.open_directory(done.workdir / "checkpoints", 9) as opened:
+            restored = checkpoint.restore(opened, wiring.initial_state(config, parts, 100))
+    assert restored is not None
+    whole = learner.join(parts.policy.frozen, restored[1].learner.trained)
+    found = hf.load(done.policy, cuts=(1,)).params
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    start = hf.load(config.policy.source, cuts=(1,)).params
+    np.testing.assert_array_equal(found["embed"], start["embed"])
+    assert (found["stacks"][1]["q"]["kernel"] != start["stacks"][1]["q"]["kernel"]).any()
+
+
+def test_transformers_writes_the_same_responses_with_the_exported_policy(done: Done) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(done.policy)
+    words = transformers.AutoTokenizer.from_pretrained(done.policy)
+    for row in lines(done.workdir / f"responses-{newest(done.workdir)}.jsonl"):
+        ids = words(f"Q: {row['prompt']} A:", return_tensors="pt")
+        with torch.no_grad():
+            written = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert words.decode(written, skip_special_tokens=True).strip() == row["response"]
+
+
+# ---- Which checkpoint, and that nothing happens to it
+
+
+def contents(directory: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in [directory, *directory.rglob("*")]
+    }
+
+
+def test_an_older_checkpoint_can_be_named_and_what_a_running_training_writes_is_left_alone(run: Path) -> None:
+    older = checkpoint.steps(run / "checkpoints")[0]
+    shutil.copytree(run / "checkpoints" / str(older), run / "checkpoints" / "12.orbax-checkpoint-tmp")
+    before = contents(run / "checkpoints")
+    evaluate.evaluate(run, step=older, num_prompts=2)
+    assert contents(run / "checkpoints") == before
+    (logged,) = (line for line in lines(run / "metrics.jsonl") if line["step"] == older)
+    found = numbers(run, older)
+    assert found["queries"] == logged["misc/query_step"] < 24
+    assert found["policy_steps"] == logged["misc/gradient_steps"]
+    assert not (run / f"evaluation-{newest(run)}.json").exists()
+
+
+def parts_of(workdir: Path) -> dict[str, Any]:
+    """The smallest thing to read."""
+    return {"queries": 0, "learner/step": jax.ShapeDtypeStruct((), np.int32, sharding=one_device())}
+
+
+def one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_left_as_it_is(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older, damaged = checkpoint.steps(run / "checkpoints")
+    os.truncate(run / "checkpoints" / str(damaged) / "state" / "manifest.ocdbt", 10)
+    before = contents(run / "checkpoints")
+    step, state = checkpoint.read(run / "checkpoints", parts_of(run))
+    assert step == older
+    assert 0 < state["queries"] < 24
+    assert f"{run / 'checkpoints' / str(damaged)} cannot be read and is passed over" in caplog.text
+    with pytest.raises(
+        ValueError, match=rf"checkpoint of step {damaged} cannot be read: .*there are: \[{older}, {damaged}\]"
+    ):
+        checkpoint.read(run / "checkpoints", parts_of(run), damaged)
+    assert contents(run / "checkpoints") == before
+
+
+def test_when_the_run_replaces_checkpoints_while_they_are_read_the_newer_one_is_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, last = checkpoint.steps(run / "checkpoints")
+    load = checkpoint.ocp.load
+
+    def overtaken(path: Path, *arguments: Any) -> Any:
+        if path.name == str(last):
+            path.rename(path.with_name("20"))
+            shutil.rmtree(path.with_name(str(older)))
+        return load(path, *arguments)
+
+    monkeypatch.setattr(checkpoint.ocp, "load", overtaken)
+    step, state = checkpoint.read(run / "checkpoints", parts_of(run))
+    assert (step, state["queries"]) == (20, 24)
+
+
+# ---- Errors
+
+
+def edited(name: str, value: Any) -> Callable[[Path], None]:
+    """Sets a field of config.json, or takes it out."""
+
+    def edit(workdir: Path) -> None:
+        config = json.loads((workdir / "config.json").read_text())
+        *path, last = name.split(".")
+        part = config
+        for key in path:
+            part = part[key]
+        part |= {last: value}
+        if value is None:
+            del part[last]
+        (workdir / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "no work directory": (shutil.rmtree, {}, r"--workdir=.*run is no directory; name one"),
+    "no config.json": (lambda d: (d / "config.json").unlink(), {}, r"--workdir=.*run holds no config.json; name one"),
+    "half a config.json": (lambda d: os.truncate(d / "config.json", 100), {}, r"config.json is not valid JSON"),
+    "a field too many": (edited("erm.depth", 3), {}, r"another version.*\nconfig.erm.depth: not a field"),
+    "a field too few": (edited("loss.name", None), {}, r'another version.*\nconfig.loss.name: missing.*"dpo"'),
+    "a field of another type": (edited("max_queries", "many"), {}, r"config.json: config.max_queries='many': "),
+    "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), {}, r"checkpoints holds no checkpoint"),
+    "no such checkpoint": (nothing, {"step": 3}, r"--checkpoint=3: there is no such checkpoint.*steps \d+, \d+$"),
+    "more trained layers": (
+        edited("policy.train_last_layers", 2),
+        {},
+        r"is a checkpoint of another model: learner/trained/.* is missing there, and float32",
+    ),
+    "another model": (
+        edited("policy.source", "builtin:tiny-random-gpt-neox"),
+        {},
+        r"is a checkpoint of another model: learner/trained/",
+    ),
+    "another ensemble": (edited("erm.num_heads", 5), {"best_of": 2}, r"another model: ensemble/.*\[4, .*\[5, "),
+    "an export onto something": (nothing, {"export": ROOT / "configs"}, r"--export=.*configs is not empty"),
+    "an export onto a file": (nothing, {"export": ROOT / "README.md"}, r"--export=.*README.md is a file"),
+    "too many devices": (nothing, {"mesh": (64, 1, 1)}, r"config.mesh=\(64, 1, 1\): 64 devices"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error_before_anything_is_computed(
+    case: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, arguments, message = BAD[case]
+    prepare(run)
+    monkeypatch.setattr(wiring, "heldout_evaluation", lambda *_: pytest.fail("responses were written"))
+    with pytest.raises(ValueError, match=rf"(?m){message}"):
+        evaluate.evaluate(run, **arguments)
+    assert not list(run.glob("evaluation-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir"),
+        (["--workdir=runs/nowhere", "--best_of=0"], "--best_of=0"),
+        (
+            ["--workdir=runs/nowhere", "--config=configs/tiny_random.py"],
+            "--config: the configuration is the work directory's",
+        ),
+    ],
+)
+def test_the_command_line_answers_a_mistake_with_one_error_and_no_traceback(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "sea_jax.evaluate", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
