@@ -184,9 +184,7 @@ def _synchronised(
     return name, fault
 
 
-def _candidates(
-    written: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: SamplingConfig
-) -> Candidates:
+def _candidates(written: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: SamplingConfig) -> Candidates:
     """Responses as arrays, in every process; the first one's are given."""
     shape = (num_prompts, sampling.num_samples, sampling.max_new_tokens)
     tokens, logprobs = np.full(shape, sampling.pad_id, np.int32), np.zeros(shape, np.float32)

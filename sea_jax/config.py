@@ -143,7 +143,7 @@ def default() -> ml_collections.ConfigDict:
     evaluation.best_of_n_prompts = 64  # held-out prompts for it
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every_steps = 10  # steps between checkpoints
+    checkpoint.every_steps = 10  # steps between checkpoints; of these steps, those that actor.sync_every divides
     checkpoint.keep = 2  # newest checkpoints kept
 
     return config.lock()
@@ -362,11 +362,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name, readers in READ_BY.items()
         if source not in readers and flat[name] not in ("", defaults[name])
     ]
+    if flat.get("eval.against_references") and source != "docstrings" and not flat["data.reference_field"]:
+        faults.append(
+            "config.eval.against_references=True: data.reference_field must name the field that holds the references"
+        )
+    if flat.get("erm.trunk") and flat["erm.feature_layer"]:
+        layer = flat["erm.feature_layer"]
+        faults.append(
+            f"config.erm.feature_layer={layer}: features come from erm.trunk={flat['erm.trunk']}; set one of them"
+        )
     if flat.get("actor.lag") == 1:
         if flat["actor.kind"] != "bridge":
             faults.append(f"config.actor.lag=1: only config.actor.kind=bridge writes ahead, not {flat['actor.kind']}")
         if flat["exploration.planning_steps"]:
-            faults.append("config.actor.lag=1: config.exploration.planning_steps must be 0, planning asks the newest policy")
+            faults.append("config.actor.lag=1: exploration.planning_steps must be 0, planning asks the newest policy")
+    if flat.get("actor.sync_every", 1) > 1 and flat["exploration.planning_steps"]:
+        found = flat["actor.sync_every"]
+        faults.append(
+            f"config.actor.sync_every={found}: exploration.planning_steps must be 0, a step is then a policy step"
+        )
     if flat.get("oracle.kind") in ("reward_model", "remote") and not flat["oracle.reward_model"]:
         kind = flat["oracle.kind"]
         faults.append(f"config.oracle.reward_model='': oracle.kind={kind} needs a directory or hub name")

@@ -1,6 +1,7 @@
 """How a main meets a person: flags, our own messages and only the warnings of the libraries, one line for a foreseen error."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator=HOST:PORT: how many there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.")
+
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", True, "On GPUs: the same numbers every time, without which a stopped run may not go on."
+)
 
 PACKAGE = str(Path(__file__).parent)
 QUOTES = "\"'\\"  # around the names in a KeyError's text
@@ -50,12 +55,17 @@ def run(job: Callable[[], None], required: str = "config") -> None:
     app.run(main, flags_parser=parse)
 
 
-def join_processes() -> None:
-    """Joins the processes of a run that the flags speak of; without --coordinator this process is alone.
+def prepare_devices() -> None:
+    """Asks for reproducible kernels, and joins the processes of a run that the flags speak of.
+
+    A run that goes on from a checkpoint must come past the same texts, or the labels that were paid for would belong to others:
+    sums in an order that changes from one time to the next, as GPUs take them for speed, would tell other tokens apart.
 
     Raises:
       ValueError: the flags do not name all that is needed.
     """
+    if DETERMINISTIC.value and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     if not COORDINATOR.value:
         return
     if COORDINATOR.value == "auto":

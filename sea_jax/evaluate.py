@@ -92,7 +92,7 @@ def evaluate_on(
       export: where to, or None.
     """
     # --------------------------------------------------------------------------------------------------------- What is there
-    parts = wiring.parts(config, mesh)
+    parts = wiring.parts(config, mesh, training=False)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
 
@@ -242,7 +242,6 @@ def fitting_mesh(config: ml_collections.ConfigDict) -> tuple[int, ...]:
         return tuple(config.mesh)
     batches = (
         config.data.batch_size,
-        config.learner.microbatch_size,
         config.eval.batch_size,
         config.sampling.batch_size,
     )
@@ -473,7 +472,7 @@ def main() -> None:
     if console.CONFIG.value is not None:
         raise ValueError("--config: the configuration is the work directory's config.json; leave it out")
     cache.keep_compiled_programs()
-    console.join_processes()
+    console.prepare_devices()
     evaluate(
         Path(str(WORKDIR.value)),
         step=CHECKPOINT.value,

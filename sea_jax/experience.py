@@ -284,6 +284,8 @@ def _locked(path: Path) -> BinaryIO:
         raise OSError(
             f"{path}: another run is writing this ledger; wait until it ends, or name another --workdir"
         ) from error
+    except OSError as error:  # some file systems of clusters know no locks
+        logging.warning("%s cannot be locked (%s): see to it that no second run writes here", path, error.strerror)
     return file
 
 

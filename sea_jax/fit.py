@@ -8,6 +8,7 @@ Nothing is allocated and no weights are read: the steps are compiled for shapes.
 a real run was seen to need a quarter more for its temporaries, so that much is added before anything is said to fit.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -36,7 +37,8 @@ TARGET = flags.DEFINE_string(
     "target", "cpu", "Compile for cpu, h100, or a TPU by its topology, such as v5p:2x2x2 or v6e:2x4."
 )
 
-GPU_BYTES = {"A100-40G": 40 * 2**30, "A100-80G": 80 * 2**30, "H100": 80 * 2**30}
+# What XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take of a GPU; left to itself it takes three quarters.
+GPU_BYTES = {name: int(0.95 * size * 2**30) for name, size in (("A100-40G", 40), ("A100-80G", 80), ("H100", 80))}
 TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30, "tpu7x": 96 * 2**30}  # a device
 MARGIN = 1.25  # a small real run's temporaries against the compiler's estimate
 
@@ -199,10 +201,10 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     Raises:
       ValueError: a model is not what its field wants, or the mesh does not divide something.
     """
-    model = describe(config.policy.source)
+    model = _named("policy.source", config.policy.source, describe)
     if not isinstance(model, ModelConfig):
         raise ValueError(f"config.policy.source={config.policy.source}: expected a decoder")
-    wiring.check_mesh(config, mesh, model)
+    wiring.check_mesh(config, mesh, model, describe)
     platform = mesh.devices.flat[0].platform
     cut = wiring.divide(model, config.policy.train_last_layers, config.erm.feature_layer)
     frozen_specs, trained_specs = learner.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
@@ -253,19 +255,26 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     sample = functools.partial(
         generation.generate.lower, learner.join(frozen, trained), asked, key, config=model, sampling=drawn
     )
+    rows = config.eval.batch_size
+    greedy = dataclasses.replace(drawn, num_samples=1, max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
+    heldout = Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
+    evaluate = functools.partial(
+        generation.generate.lower, learner.join(frozen, trained), heldout, key, config=model, sampling=greedy
+    )
     steps = [
         compiled("train", train, platform),
         compiled("sample", sample, platform, cache_bytes(model, drawn, answered, bucketed, mesh)),
+        compiled("evaluate", evaluate, platform, cache_bytes(model, greedy, rows, bucketed, mesh)),
     ]
 
     # ------------------------------------------------------------------------------------------------------------ ERM
     width = model.d_model
     if config.erm.trunk:
-        trunk = describe(config.erm.trunk)
+        trunk = _named("erm.trunk", config.erm.trunk, describe)
         held["ERM trunk"], step, width = trunk_step(trunk, config.erm, shape)
         steps.append(compiled("features", step, platform))
     erm = wiring.ensemble_config(config.erm)
-    capacity = max(min(config.erm.replay_capacity, config.max_queries), rows)
+    capacity = max(min(config.erm.replay_capacity, config.max_queries), data.batch_size)
     replay = jax.eval_shape(functools.partial(experience.empty_replay, capacity, width))
     replay = partition.abstract_batches(replay)
     heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), mesh)
@@ -275,7 +284,7 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
 
     # --------------------------------------------------------------------------------------------------------- Oracle
     if config.oracle.kind == "reward_model":
-        judge = reward.check(describe(config.oracle.reward_model))
+        judge = _named("oracle.reward_model", config.oracle.reward_model, lambda name: reward.check(describe(name)))
         params = partition.abstract(decoder.abstract(judge), config.oracle.dtype)
         held["reward model"] = bytes_per_device(params)
         score = jax.jit(functools.partial(reward.apply, config=judge, dtype=config.oracle.dtype))
@@ -349,6 +358,14 @@ def table(held: Mapping[str, int], steps: Sequence[Step], memories: Mapping[str,
     return "\n".join(lines)
 
 
+def _named(field: str, source: str, read: Callable[[str], Any]) -> Any:
+    """Reads a configuration; an error names the field that the source stands in."""
+    try:
+        return read(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.{field}={source}: {error}") from error
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f}"
 
@@ -363,7 +380,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         held, steps = measure(config, mesh)
     family = target.partition(":")[0]
-    memories = {family: TPU_BYTES[family]} if family in TPU_BYTES else GPU_BYTES
+    memories = GPU_BYTES | ({family: TPU_BYTES[family]} if family in TPU_BYTES else {})
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"{config.name} on {mesh.size} devices ({shape}), compiled for {target} in {sum(s.compile_s for s in steps):.0f} s\n"

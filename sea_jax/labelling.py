@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sea_jax import processes
 from sea_jax.experience import Ledger, LedgerError
 from sea_jax.types import Array, Oracle
 
@@ -37,7 +38,7 @@ class Question:
     def entry(self) -> dict[str, Any]:
         """Returns what the ledger holds of the question, without the label."""
         labeller = "oracle" if self.erm_label is None else "erm"
-        content = "\0".join((self.prompt_id, self.first, self.second, labeller))
+        content = "\0".join((self.prompt_id, self.prompt, self.first, self.second, labeller))
         return {
             "key": self.key,
             "step": self.step,
@@ -72,7 +73,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
         if question.erm_label is not None:
             entry |= {"probability": question.erm_label, "label": question.erm_label, "counted": False}
     if asked:
-        ledger.ask(entries[i] for i in asked)
+        processes.together(lambda: ledger.ask(entries[i] for i in asked), "the ledger")
         try:
             judgement = oracle(
                 [questions[i].prompt for i in asked],
@@ -88,7 +89,8 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
             ) from error
         for i, probability, value in zip(asked, judgement.probability, judgement.label, strict=True):
             entries[i] |= {"probability": float(probability), "label": float(value), "counted": True}
-    ledger.record(entry for entry, line in zip(entries, known, strict=True) if line is None)
+    new = [entry for entry, line in zip(entries, known, strict=True) if line is None]
+    processes.together(lambda: ledger.record(new), "the ledger")
     return [float(np.float32((line or entry)["label"])) for entry, line in zip(entries, known, strict=True)]
 
 

@@ -59,6 +59,19 @@ def tree_of_first(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
+def bytes_of_first(content: bytes) -> bytes:
+    """Returns the first process's bytes in every process.
+
+    Args:
+      content: this process's; only the first's are looked at, fewer than 2^31.
+    """
+    if jax.process_count() == 1:
+        return content
+    size = of_first(len(content))
+    own = np.frombuffer(content, np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(own)) if size else b""
+
+
 def fetch(tree: Any) -> Any:
     """Brings arrays to the host, whole, whichever processes hold their parts.
 
@@ -77,13 +90,38 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def by_first(task: Callable[[], Answer], otherwise: Answer, whom: str) -> Answer:
-    """Lets the first process alone do something; the others stop where it fails rather than wait for ever.
+def together(task: Callable[[], Answer], what: str) -> Answer:
+    """Does something in every process; where it fails in one, all stop rather than wait for that one for ever.
+
+    Args:
+      task: what is done; it must not wait for other processes.
+      what: is worked with, for the error of those in which it did not fail.
+
+    Returns:
+      What the task returns, in this process.
+
+    Raises:
+      ValueError: the task has failed in another process.
+    """
+    if jax.process_count() == 1:
+        return task()
+    try:
+        answer = task()
+    except BaseException:  # Ctrl-C must not leave the others waiting either
+        any_of(True)
+        raise
+    if any_of(False):
+        raise ValueError(f"another process failed with {what}; its message says why")
+    return answer
+
+
+def by_first(task: Callable[[], Answer], otherwise: Answer, what: str) -> Answer:
+    """Lets the first process alone do something; where it fails, the others stop, too.
 
     Args:
       task: what it does.
       otherwise: what the others return.
-      whom: it asks, for their error.
+      what: it works with, for the others' error.
 
     Returns:
       What the task returns, in the first process.
@@ -91,20 +129,7 @@ def by_first(task: Callable[[], Answer], otherwise: Answer, whom: str) -> Answer
     Raises:
       ValueError: in the others, when the task has failed.
     """
-    if jax.process_count() == 1:
-        return task()
-    answer, error = otherwise, None
-    if is_first():
-        try:
-            answer = task()
-        except Exception as raised:
-            error = raised
-    failed = any_of(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError(f"the first process had no answer from {whom}; its message says why")
-    return answer
+    return together(task if is_first() else lambda: otherwise, what)
 
 
 def asked_by_first(preference: Preference) -> Preference:
@@ -126,7 +151,6 @@ def asked_by_first(preference: Preference) -> Preference:
             np.zeros(len(prompts)),
             "the oracle",
         )
-        # As bytes: JAX would round float64 to float32.
-        return multihost_utils.broadcast_one_to_all(answer.view(np.uint8)).view(np.float64)
+        return np.frombuffer(bytes_of_first(answer.tobytes()))  # JAX would round float64 to float32
 
     return ask

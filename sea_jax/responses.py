@@ -1,5 +1,7 @@
 """Responses that another process wrote: held against the learner's own log-probs, kept on disk, written a batch ahead."""
 
+import functools
+import io
 import json
 import os
 from collections import deque
@@ -14,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sea_jax import processes
 from sea_jax.actors import Generate
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 COMPARED = 2  # responses to each prompt whose log-probs are compared
+KEPT = "the responses that are kept"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Journal:
     """The responses to the last batches of prompts, a file each: whoever wrote them need not write the same again.
 
     A run that goes on from a checkpoint comes past the batches behind it once more. The same texts must then be there, or
-    the labels that were paid for would belong to others.
+    the labels that were paid for would belong to others. Of several processes the first alone has files; all must call.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -52,7 +56,7 @@ class Journal:
         """
         self._directory = directory
         self._passed: deque[int] = deque(maxlen=keep + 1)  # the newest may still be on its way to the disk
-        directory.mkdir(parents=True, exist_ok=True)
+        processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True), None, KEPT)
 
     def find(self, number: int) -> Written | None:
         """Returns the responses to a batch, or None.
@@ -61,9 +65,12 @@ class Journal:
           number: of the batch.
         """
         path = self._path(number)
-        if not path.exists():
+        content = processes.bytes_of_first(
+            processes.by_first(lambda: path.read_bytes() if path.exists() else b"", b"", KEPT)
+        )
+        if not content:
             return None
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
         about = json.loads(str(fields.pop("about")))
         return Written(Candidates(**fields), about["version"], about["logprob_gap"])
@@ -81,11 +88,15 @@ class Journal:
         fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
         about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
         unfinished = self._path(number).with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            np.savez(file, about=np.array(about), **fields)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._path(number))
+
+        def write() -> None:
+            with unfinished.open("wb") as file:
+                np.savez(file, about=np.array(about), **fields)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self._path(number))
+
+        processes.by_first(write, None, KEPT)
 
     def checkpointed(self, batches: int) -> None:
         """Forgets what no checkpoint that is kept can come past again.
@@ -95,9 +106,13 @@ class Journal:
         """
         self._passed.append(batches)
         if len(self._passed) == self._passed.maxlen:
-            for path in self._directory.glob("*.npz"):
-                if int(path.stem) < self._passed[0]:
-                    path.unlink()
+            processes.by_first(functools.partial(self._forget, self._passed[0]), None, KEPT)
+
+    def _forget(self, batches: int) -> None:
+        """Removes the files of the first so many batches."""
+        for path in self._directory.glob("*.npz"):
+            if int(path.stem) < batches:
+                path.unlink()
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number}.npz"

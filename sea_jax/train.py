@@ -165,8 +165,10 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                     row |= evaluated(state, writer)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
-                stopping = processes.any_of(interrupts.requested)
-                if state.step % config.checkpoint.every_steps == 0 or done or stopping:
+                # Between two pushes the engine has weights that a resumed learner would not have: nothing is saved there.
+                pushed = int(state.learner.step) % config.actor.sync_every == 0
+                stopping = processes.any_of(interrupts.requested) and pushed
+                if (state.step % config.checkpoint.every_steps == 0 and pushed) or done or stopping:
                     save(state)
                 idle_steps = 0 if state.queries > queries_before else idle_steps + 1
                 if idle_steps == MAX_IDLE_STEPS:
@@ -283,7 +285,7 @@ def main() -> None:
     """Reads the flags and trains."""
     config = console.CONFIG.value
     cache.keep_compiled_programs()
-    console.join_processes()
+    console.prepare_devices()
     train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 
 

@@ -39,7 +39,7 @@ from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
 from sea_jax.models import decoder, hf, partition
-from sea_jax.models.config import ModelConfig
+from sea_jax.models.config import Config, ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Candidates, DuelRule, Oracle, PairLogps, Params, PolicyServers, Preference, Prompts
 
@@ -183,14 +183,18 @@ def export(loaded: Policy, trained: Params, directory: Path) -> None:
 
 
 def prompts(
-    config: ml_collections.ConfigDict, words: Tokenizer, num_heldout: int
+    config: ml_collections.ConfigDict,
+    words: Tokenizer,
+    num_heldout: int,
+    loaded: tuple[list[data.Record], list[data.Record]] | None = None,
 ) -> tuple[list[Rendered], list[Rendered]]:
-    """Loads the prompts and renders them with the policy's tokenizer.
+    """Renders the prompts with the policy's tokenizer.
 
     Args:
       config: the `data` part of a configuration.
       words: the policy's tokenizer.
       num_heldout: held-out prompts to keep, at most.
+      loaded: training and held-out records; None: they are read.
 
     Returns:
       (training prompts, held-out prompts).
@@ -204,7 +208,7 @@ def prompts(
             system=config.system,
             max_prompt_tokens=config.max_prompt_tokens,
         )
-        for records in data.load(config)
+        for records in loaded or data.load(config)
     ]
     return rendered[0][: config.num_prompts or None], rendered[1][:num_heldout]
 
@@ -324,9 +328,7 @@ def remote_scores(config: ml_collections.ConfigDict, token_file: str) -> Callabl
     from gpu_bridge import client  # the library works without
 
     patience = client.Patience(config.timeout_s, config.retries)
-    return client.OracleClient(
-        addresses(config.urls), client.read_token(token_file), patience, config.batch_size
-    ).score
+    return client.OracleClient(addresses(config.urls), client.read_token(token_file), patience, config.batch_size).score
 
 
 def preference(config: ml_collections.ConfigDict, token_file: str = "") -> Preference:
@@ -447,17 +449,16 @@ class Parts:
         frozen, model = self.policy.frozen, self.policy.config
         if self.servers is None:
             return actors.in_process(frozen, model, how, batch_size)
-        return actors.bridge(
-            self.servers, frozen, model, how, weights_dtype=self.weights_dtype, sync_every=sync_every
-        )
+        return actors.bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype, sync_every=sync_every)
 
 
-def parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
+def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) -> Parts:
     """Loads what a run works with.
 
     Args:
       config: a whole configuration.
       mesh: the one that is set.
+      training: False: no policy step will be taken.
 
     Returns:
       Parts.
@@ -465,12 +466,12 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     Raises:
       ValueError: a field or file does not fit.
     """
-    check_sources(config)
+    records = read_sources(config)
     loaded = policy(
         config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, config.policy.dtype
     )
-    check_mesh(config, mesh, loaded.config)
-    train_prompts, heldout_prompts = prompts(config.data, loaded.tokenizer, config.eval.num_prompts)
+    check_mesh(config, mesh, loaded.config, training=training)
+    train_prompts, heldout_prompts = prompts(config.data, loaded.tokenizer, config.eval.num_prompts, records)
     how = sampling_config(
         config,
         loaded,
@@ -491,14 +492,17 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh) -> Parts:
     )
 
 
-def check_sources(config: ml_collections.ConfigDict) -> None:
-    """Fetches the models that a run reads, or says of all that cannot be had at once.
+def read_sources(config: ml_collections.ConfigDict) -> tuple[list[data.Record], list[data.Record]]:
+    """Reads the prompts and fetches the models of a run, or says of all that cannot be had at once.
 
     Args:
       config: a whole configuration.
 
+    Returns:
+      (training records, held-out records).
+
     Raises:
-      ValueError: one line per model that is not there.
+      ValueError: one line per model or data set that is not there or cannot be read.
     """
     sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
     if config.oracle.kind in ("reward_model", "remote"):
@@ -510,32 +514,56 @@ def check_sources(config: ml_collections.ConfigDict) -> None:
                 hf.locate(source, weights=False)
             elif source and not source.startswith(cache.PREFIX):
                 hf.read_config(source)
-        except OSError as error:
-            faults.append(
-                f"config.{field}={source}: {error}; a copy of your own is named with --config.{field}=DIRECTORY"
+        except (OSError, ValueError) as error:
+            remedy = (
+                f"; a copy of your own is named with --config.{field}=DIRECTORY" if isinstance(error, OSError) else ""
             )
+            faults.append(f"config.{field}={source}: {error}{remedy}")
+    try:
+        records = data.load(config.data)
+    except OSError as error:
+        faults.append(
+            f"config.data.path={config.data.path}: {error}; a copy of your own is named with --config.data.path=PATH"
+        )
     if faults:
         raise ValueError("\n".join(faults))
+    return records
 
 
-def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh, model: ModelConfig) -> None:
-    """Refuses a mesh that does not divide the batches or the policy.
+def check_mesh(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    model: ModelConfig,
+    describe: Callable[[str], Config] = hf.read_config,
+    training: bool = True,
+) -> None:
+    """Refuses a mesh that does not divide the batches or the models.
 
     Args:
       config: a whole configuration.
       mesh: the one that is set.
       model: the policy's configuration.
+      describe: source of another model -> its configuration.
+      training: False: no policy step is taken.
 
     Raises:
       ValueError: one line per size that is not divided.
     """
     batch_sizes = {
         "data.batch_size": config.data.batch_size,
-        "learner.microbatch_size": config.learner.microbatch_size,
         "eval.batch_size": config.eval.batch_size,
         "sampling.batch_size": config.sampling.batch_size,
     }
-    sharding.check(mesh, batch_sizes, {"policy.source": model})
+    models: dict[str, Config] = {"policy.source": model}
+    if training:
+        batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
+    if config.erm.trunk:
+        batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
+        models["erm.trunk"] = describe(config.erm.trunk)
+    if config.oracle.kind == "reward_model":
+        batch_sizes["oracle.batch_size"] = config.oracle.batch_size
+        models["oracle.reward_model"] = describe(config.oracle.reward_model)
+    sharding.check(mesh, batch_sizes, models)
 
 
 def ensemble_config(config: ml_collections.ConfigDict) -> EnsembleConfig:
@@ -611,6 +639,8 @@ def responder(
     if config.actor.kind == "in_process":
         yield Responder(actors.at_once(generate), lambda: None, lambda batches: None)
         return
+    if config.actor.lag and jax.process_count() > 1:
+        raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
     policy = loaded.policy
 
     @jax.jit

@@ -29,7 +29,7 @@ def configured(mesh: tuple[int, ...], models: Path) -> ml_collections.ConfigDict
     config.data.batch_size = 8
     config.learner.microbatch_size = 8
     config.eval.batch_size = 8
-    config.erm.trunk = "builtin:tiny-random-deberta"
+    config.erm.trunk, config.erm.feature_layer = "builtin:tiny-random-deberta", 0
     config.erm.trunk_batch_size = 8
     config.eval.best_of_n = 0
     config.oracle.kind = "reward_model"

@@ -209,7 +209,7 @@ def test_a_field_that_the_source_does_not_read_is_refused(config, field, readers
 @pytest.mark.parametrize(("part", "kind"), [("actor", "bridge"), ("oracle", "remote")])
 def test_servers_need_an_address(config, part, kind):
     config[part].kind, config.oracle.reward_model = kind, "a/reward-model"
-    with pytest.raises(ValueError, match=rf"^config\.{part}\.urls='': {part}\.kind={kind} needs the URL of a server.*$"):
+    with pytest.raises(ValueError, match=rf"^config\.{part}\.urls='': {part}\.kind={kind} needs the URL of a server"):
         configuration.validate(config)
     config[part].urls = "http://127.0.0.1:8000/, https://elsewhere"
     configuration.validate(config)

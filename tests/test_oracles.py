@@ -279,6 +279,28 @@ def test_scores_are_those_of_transformers(scorer, score):
     np.testing.assert_allclose(preference(prompts[:1], responses[:1], responses[4:]), wins, atol=1e-3)
 
 
+def test_a_remote_reward_model_is_asked_for_what_one_in_this_process_reads(scorer, score):
+    config, params = hf.read_config(scorer), hf.load(scorer).params
+    apply = jax.jit(partial(reward.apply, config=config, dtype="float32"))
+
+    def service(inputs):
+        rows = [np.array([ids]) for ids in inputs]
+        return np.array([apply(params, tokens=row, valid=np.ones(row.shape, bool))[0] for row in rows])
+
+    prompts = ["What is it?", "".join(chr(97 + i % 26) for i in range(150))]
+    responses = ["A horse.", "0123456789"]
+    remote = oracles.remote_reward(service, str(scorer), max_tokens=128)
+    found = remote(prompts, responses)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, score(prompts, responses), atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [np.zeros(1), np.array([0.0, np.nan])])
+def test_scores_that_are_none_are_refused(scorer, scores):
+    with pytest.raises(ValueError, match=r"asked for 2 finite scores and returned \["):
+        oracles.remote_reward(lambda inputs: scores, str(scorer), max_tokens=128)(["a", "b"], ["c", "d"])
+
+
 def test_the_beginning_of_a_prompt_is_cut_and_never_the_response(score):
     # <|start|>user: ...<|end|>assistant: ...<|end|> has 20 tokens beside the two texts: 128 - 20 - 10 = 98 bytes fit.
     prompt, response = "".join(chr(97 + i % 26) for i in range(150)), "0123456789"
@@ -326,6 +348,8 @@ def test_what_is_no_reward_model_is_refused(directory, tmp_path):
     hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
     with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*found a decoder with an unembedding"):
         oracles.reward_model(str(tmp_path / "decoder"), **how)
+    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*found a decoder with an unembedding"):
+        oracles.remote_reward(lambda inputs: np.zeros(len(inputs)), str(tmp_path / "decoder"), max_tokens=64)
     config = tmp_path / "decoder" / "config.json"
     named = {"architectures": ["LlamaForSequenceClassification"]}
     config.write_text(json.dumps(json.loads(config.read_text()) | named))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from sea_jax import checkpoint, experience, sharding, train, wiring
+from sea_jax import agent, checkpoint, experience, sharding, train, wiring
 from sea_jax.models import partition
 from tests import sharded_run
 
@@ -152,6 +153,12 @@ def test_a_mesh_that_the_devices_do_not_make_is_refused(shape: tuple[int, ...]) 
             r"policy.source: its 4 attention heads.*of 8.*tensor",
         ),
         ((1, 1, 4), {"policy.source": "builtin:tiny-random-llama"}, r"policy.source: its 2 key and value heads.*of 4"),
+        ((1, 8, 1), {"erm.trunk_batch_size": 12}, r"erm.trunk_batch_size=12.*multiple of 8"),
+        (
+            (1, 1, 4),
+            {"oracle.reward_model": "builtin:tiny-random-llama-reward"},
+            r"oracle.reward_model: its 2 key and value heads.*of 4",
+        ),
     ],
 )
 def test_a_mesh_that_divides_neither_batch_nor_heads_is_refused(
@@ -162,6 +169,29 @@ def test_a_mesh_that_divides_neither_batch_nor_heads_is_refused(
     with pytest.raises(ValueError, match=message):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mesh_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bit(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sharded_run.configured((2, 2, 2), models)
+    train.train(config, tmp_path / "undisturbed")
+    real_step = agent.step
+
+    def interrupted(this: agent.Agent, state: agent.State, key: Any) -> Any:
+        if state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(this, state, key)
+
+    monkeypatch.setattr(agent, "step", interrupted)
+    with pytest.raises(SystemExit):
+        train.train(config, tmp_path / "stopped")
+    monkeypatch.setattr(agent, "step", real_step)
+    train.train(config, tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "undisturbed")
+    ledgers = [(tmp_path / name / "queries.jsonl").read_bytes() for name in ("stopped", "undisturbed")]
+    assert ledgers[0] == ledgers[1]
 
 
 def test_a_run_does_not_go_on_on_another_mesh(on_one_device: Path, models: Path) -> None:

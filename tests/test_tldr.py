@@ -95,6 +95,7 @@ def test_without_the_hub_one_error_says_what_is_missing_and_how_to_name_copies(t
     ):
         assert f"config.{field}={name}: " in finished.stderr
         assert f"--config.{field}=DIRECTORY" in finished.stderr
+    assert "config.data.path=lkevinzc/tldr-with-sft-reference: " in finished.stderr
     assert not (tmp_path / "run").exists()
 
 

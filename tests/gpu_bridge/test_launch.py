@@ -1,0 +1,115 @@
+"""Who runs where, and that nothing is left behind; the servers are stand-ins that write a URL and wait."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpu_bridge import launch, protocol
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = """#!{python}
+import os, pathlib, sys, time
+url = next(pathlib.Path(a.split("=", 1)[1]) for a in sys.argv if a.startswith("--url_file="))
+url.with_suffix(".pid").write_text(str(os.getpid()))
+url.with_suffix(".token").write_text(os.environ["{variable}"])
+if {fails}: sys.exit("no engine here")
+url.write_text("http://127.0.0.1:1\\n")
+time.sleep(600)
+"""
+
+
+def flags(directory: Path, *, fails: bool = False) -> argparse.Namespace:
+    stand_in = directory / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, variable=protocol.TOKEN_VARIABLE, fails=fails))
+    stand_in.chmod(0o755)
+    return argparse.Namespace(
+        **{"layout": "all", "gpus": 0, "shares": None, "policy": Path("p"), "oracle": Path("o")},
+        **{"bridge_python": stand_in, "log_dir": directory / "logs", "server_flag": []},
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_all_on_every_gpu_or_half_for_the_learner() -> None:
+    everywhere = launch.plan("all", 2, (0.3, 0.25, 0.4), oracle=True)
+    assert [(place.kind, place.gpu, place.memory_fraction) for place in everywhere.servers] == [
+        ("policy", 0, 0.3),
+        ("policy", 1, 0.3),
+        ("oracle", 0, 0.25),
+        ("oracle", 1, 0.25),
+    ]
+    assert everywhere.learner_gpus == (0, 1)
+    half = launch.plan("half", 8, (0.5, 0.4, 0.9), oracle=True)
+    assert {place.gpu for place in half.servers} == {0, 1, 2, 3}
+    assert half.learner_gpus == (4, 5, 6, 7)
+    on_cpu = launch.plan("all", 0, (0.3, 0.25, 0.4), oracle=False)
+    assert [(place.kind, place.gpu) for place in on_cpu.servers] == [("policy", None)]
+    assert on_cpu.learner_gpus == ()
+
+
+@pytest.mark.parametrize(
+    ("layout", "gpus", "shares", "message"),
+    [
+        ("half", 3, (0.5, 0.4, 0.9), "--gpus=3.*even number"),
+        ("all", 8, (0.5, 0.4, 0.4), "--shares=0.5,0.4,0.4.*1.30 of it"),
+        ("half", 8, (0.7, 0.4, 0.9), "--shares=0.7,0.4,0.9.*1.10 of it"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(layout: str, gpus: int, shares: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.plan(layout, gpus, shares, oracle=True)
+
+
+def test_the_learner_is_told_who_writes_and_who_labels() -> None:
+    urls = {"policy": ["http://a:1", "http://b:2"], "oracle": ["http://c:3"]}
+    command = launch.learner_command(["--config=x.py"], urls, Path("/rm"))
+    assert command[1:4] == ["-m", "sea_jax.train", "--config=x.py"]
+    assert set(command[4:]) == {
+        "--config.actor.kind=bridge",
+        "--config.actor.urls=http://a:1,http://b:2",
+        "--config.oracle.kind=remote",
+        "--config.oracle.urls=http://c:3",
+        "--config.oracle.reward_model=/rm",
+    }
+
+
+def test_when_the_learner_ends_its_status_is_returned_and_the_servers_are_gone(tmp_path: Path) -> None:
+    assert launch.launch(flags(tmp_path), ["--config=configs/nowhere.py"]) == 1
+    pids = [int(file.read_text()) for file in tmp_path.glob("logs/*/*.pid")]
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+    assert len({file.read_text() for file in tmp_path.glob("logs/*/*.token")}) == 1
+
+
+def test_a_server_that_does_not_start_is_one_error_that_names_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"policy-0 ended with status 1; .*policy-0.log says why"):
+        launch.launch(flags(tmp_path, fails=True), [])
+    assert "no engine here" in next(tmp_path.glob("logs/*/policy-0.log")).read_text()
+
+
+def test_servers_end_even_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    given = flags(tmp_path)
+    command = [sys.executable, "-m", "gpu_bridge.launch", "--policy=p", "--gpus=0", f"--log_dir={given.log_dir}"]
+    command += [f"--bridge_python={given.bridge_python}", "--", "--config=configs/nowhere.py"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while not (pids := list(tmp_path.glob("logs/*/*.pid"))) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pid = int(pids[0].read_text())
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(pid)
