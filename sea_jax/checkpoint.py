@@ -6,11 +6,11 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import LogRecord, getLogger
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 from absl import logging
@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from sea_jax import processes
 
 Checkpointer: TypeAlias = ocp.training.Checkpointer
+Found = TypeVar("Found")
 
 SETTINGS = r"\n| \[tensorstore_spec| See full TensorStore"  # where they begin
 
@@ -98,13 +99,12 @@ def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
     like = abstract(like)
     damaged: dict[int, str] = {}
     for step in sorted((metadata.step for metadata in checkpointer.checkpoints), reverse=True):
-        with _hushed():
-            try:
-                difference = _difference(checkpointer.metadata(step).metadata, like)
-                state = None if difference else checkpointer.load(step, like)
-            except (ValueError, OSError, KeyError) as error:
-                damaged[step] = _damage(error)
-                continue
+        try:
+            difference = _difference(_read(functools.partial(checkpointer.metadata, step)).metadata, like)
+            state = None if difference else _read(functools.partial(checkpointer.load, step, like))
+        except _DamagedError as damage:
+            damaged[step] = str(damage)
+            continue
         if difference:
             raise ValueError(
                 f"{checkpointer.directory / str(step)} is a checkpoint of another model: {difference}. Go on with the settings "
@@ -150,8 +150,6 @@ def read(directory: Path, parts: Mapping[str, Any], step: int | None = None) -> 
     """
     _quiet()
     wanted = unflatten_dict(dict(parts), sep="/")
-    partly = ocp.Context()
-    partly.pytree.loading.partial_load = True
     damaged: dict[int, str] = {}
     while True:  # the run may remove a checkpoint while it is read, but not without having written newer ones
         untried = [found for found in steps(directory) if found not in damaged and step in (None, found)]
@@ -159,13 +157,11 @@ def read(directory: Path, parts: Mapping[str, Any], step: int | None = None) -> 
         if newest < 0:
             break
         path = directory.absolute() / str(newest)
-        with _hushed(), partly:
-            try:
-                difference = _difference(ocp.metadata(path).metadata, wanted, parts)
-                state: Any = None if difference else ocp.load(path, wanted)
-            except (ValueError, OSError, KeyError) as error:
-                damaged[newest] = _damage(error)
-        if newest in damaged:
+        try:
+            difference = _difference(_read(functools.partial(ocp.metadata, path)).metadata, wanted, parts)
+            state: Any = None if difference else _read(functools.partial(ocp.load, path, wanted), partly=True)
+        except _DamagedError as damage:
+            damaged[newest] = str(damage)
             if step is None and path.exists():
                 logging.warning("%s cannot be read and is passed over: %s", path, damaged[newest])
             continue
@@ -178,6 +174,30 @@ def read(directory: Path, parts: Mapping[str, Any], step: int | None = None) -> 
     named = f"the checkpoint of step {step}" if step is not None else "a checkpoint"
     reason = damaged[max(damaged)] if damaged else "there is none"
     raise ValueError(f"{directory}: {named} cannot be read: {reason}; those there are: {steps(directory)}")
+
+
+class _DamagedError(Exception):
+    """A checkpoint cannot be read, in every process, since one of them cannot read it."""
+
+
+def _read(task: Callable[[], Found], partly: bool = False) -> Found:
+    """Reads something of a checkpoint in every process, each for itself, and then agrees on whether all could."""
+    alone = ocp.Context()
+    alone.pytree.loading.partial_load = partly
+    # Orbax would let them wait for each other: minutes, and in vain where one has failed.
+    alone.multiprocessing.active_processes, alone.multiprocessing.primary_host = {jax.process_index()}, None
+
+    def attempt() -> tuple[Found | None, str]:
+        with _hushed(), alone:
+            try:
+                return task(), ""
+            except (ValueError, OSError, KeyError) as error:
+                return None, _damage(error)
+
+    found, damage = processes.together(attempt, "a checkpoint")
+    if processes.any_of(bool(damage)):
+        raise _DamagedError(damage or "another process cannot read it, and says why")
+    return cast(Found, found)
 
 
 def _difference(found: Any, expected: Any, parts: Iterable[str] = ()) -> str:
@@ -206,9 +226,9 @@ def _leaves(tree: Any) -> dict[str, str]:
 def _damage(error: Exception) -> str:
     """What is wrong with a checkpoint. Orbax wraps whatever comes up while it reads; what tells of no damage is raised."""
     cause = error.__cause__ or error
-    if isinstance(cause, Exception) and not isinstance(cause, MemoryError | RuntimeError):
+    if isinstance(cause, Exception) and not isinstance(cause, MemoryError | RuntimeError | TimeoutError):
         return _shown(cause)
-    raise cause  # Ctrl-C, or a device without room
+    raise cause  # Ctrl-C, a device without room, or a file system that does not answer
 
 
 def _shown(error: Exception) -> str:
@@ -222,12 +242,15 @@ def _set_aside(checkpointer: Checkpointer, damaged: Mapping[int, str]) -> None:
         path = Path(checkpointer.directory) / str(step)
         aside = path.with_name(f"{step}.damaged")
         logging.warning("%s cannot be read and is passed over, now as %s: %s", path, aside.name, reason)
-        if jax.process_index() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+        processes.by_first(functools.partial(_replace, path, aside), None, "a damaged checkpoint")
     if damaged:
-        processes.wait("damaged checkpoints")
         checkpointer.reload()
+
+
+def _replace(path: Path, other: Path) -> None:
+    """Renames a directory; one that has the name already is removed."""
+    shutil.rmtree(other, ignore_errors=True)
+    path.rename(other)
 
 
 @contextmanager

@@ -376,6 +376,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             faults.append(f"config.actor.lag=1: only config.actor.kind=bridge writes ahead, not {flat['actor.kind']}")
         if flat["exploration.planning_steps"]:
             faults.append("config.actor.lag=1: exploration.planning_steps must be 0, planning asks the newest policy")
+    if flat.get("actor.kind") == "bridge" and not 0.01 <= flat["sampling.temperature"] <= 2:
+        found = flat["sampling.temperature"]
+        faults.append(
+            f"config.sampling.temperature={found}: engines draw at 0.01 to 2; actor.kind=bridge needs such a one"
+        )
     if flat.get("actor.sync_every", 1) > 1 and flat["exploration.planning_steps"]:
         found = flat["actor.sync_every"]
         faults.append(

@@ -18,16 +18,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
-    """Returns once every process has come here.
-
-    Args:
-      name: of the place, the same in all processes.
-    """
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def any_of(flag: bool) -> bool:
     """Returns whether a flag is set in any process.
 
@@ -69,7 +59,7 @@ def bytes_of_first(content: bytes) -> bytes:
         return content
     size = of_first(len(content))
     own = np.frombuffer(content, np.uint8) if is_first() else np.zeros(size, np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(own)) if size else b""
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes() if size else b""
 
 
 def fetch(tree: Any) -> Any:

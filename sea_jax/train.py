@@ -84,14 +84,13 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
     )
     initial = functools.partial(wiring.initial_state, config, parts, total_steps)
 
-    claim(workdir, config)
+    processes.by_first(lambda: claim(workdir, config), None, "the work directory")
     with (
+        open_ledger(workdir / "queries.jsonl") as ledger,  # first, since it keeps other runs out
         checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-        experience.Ledger(workdir / "queries.jsonl", writes=processes.is_first()) as ledger,
         wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
     ):
-        processes.wait("ledger")  # the first process adds lines only when all have read those that are there
         agent = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
@@ -147,7 +146,9 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
 
         # ------------------------------------------------------------------------------------------------------ Training
         with (
-            metrics.Writer(own_directory(workdir), start_step=state.step) as writer,
+            processes.together(
+                lambda: metrics.Writer(own_directory(workdir), start_step=state.step), "the metrics"
+            ) as writer,
             metrics.Progress(config.max_queries, "query", state.queries) as progress,
         ):
             if state.step == 0:
@@ -225,14 +226,34 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
       config: this run's configuration.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    if not processes.is_first():
-        return
     unfinished = workdir / "config.json.tmp"
     with unfinished.open("w") as file:
         file.write(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(workdir / "config.json")
+
+
+def open_ledger(path: Path) -> experience.Ledger:
+    """Opens the ledger in every process, the first to write; returns when all have read what it holds.
+
+    Args:
+      path: the file, or where it will be.
+
+    Returns:
+      Ledger.
+
+    Raises:
+      ValueError: the processes see different files, or another process cannot open its own.
+    """
+    ledger = processes.together(lambda: experience.Ledger(path, writes=processes.is_first()), "the ledger")
+    lines = len(ledger.lines())
+    if processes.any_of(lines != processes.of_first(lines)):
+        raise ValueError(
+            f"--workdir={path.parent} must be a directory that all processes share: {path.name} holds {lines} labels for "
+            f"process {jax.process_index()} and another number for others"
+        )
+    return ledger
 
 
 def own_directory(workdir: Path) -> Path:
