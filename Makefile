@@ -17,8 +17,10 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/python -m sea_jax.sft --config=configs/quickstart_sft.py
 	$(BIN)/python -m sea_jax.train --config=configs/quickstart.py $(ARGS)
 
+# With the engine where it can be had; without it, its tests are skipped.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	@$(MAKE) --no-print-directory bridge || echo 'no vLLM here: the tests of gpu_bridge with the real engine are skipped'
+	BRIDGE_PYTHON=$(VENV_BRIDGE)/bin/python $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

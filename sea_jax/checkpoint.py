@@ -191,7 +191,7 @@ def _read(task: Callable[[], Found], partly: bool = False) -> Found:
         with _hushed(), alone:
             try:
                 return task(), ""
-            except (ValueError, OSError, KeyError) as error:
+            except Exception as error:
                 return None, _damage(error)
 
     found, damage = processes.together(attempt, "a checkpoint")
@@ -225,10 +225,12 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 def _damage(error: Exception) -> str:
     """What is wrong with a checkpoint. Orbax wraps whatever comes up while it reads; what tells of no damage is raised."""
-    cause = error.__cause__ or error
-    if isinstance(cause, Exception) and not isinstance(cause, MemoryError | RuntimeError | TimeoutError):
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, ValueError | OSError | KeyError) and not isinstance(cause, TimeoutError):
         return _shown(cause)
-    raise cause  # Ctrl-C, a device without room, or a file system that does not answer
+    raise cause  # a device without room, a file system that does not answer, Ctrl-C
 
 
 def _shown(error: Exception) -> str:

@@ -1,41 +1,18 @@
 """What two processes do together, see two_processes.py, which does it once for all these tests."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LIMIT_S = 240  # less than Orbax's patience of 300 s: no barrier may have been waited out
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+from tests import pair
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw."""
     directory = tmp_path_factory.mktemp("two")
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.two_processes", str(directory), free_address()]
-    with ExitStack() as stack:
-        processes = []
-        for number in range(2):
-            log = stack.enter_context((directory / f"log-{number}").open("w"))
-            process = subprocess.Popen([*command, str(number)], cwd=ROOT, env=environment, stdout=log, stderr=log)
-            stack.callback(process.kill)
-            processes.append(process)
-        for number, process in enumerate(processes):
-            assert process.wait(timeout=LIMIT_S) == 0, (directory / f"log-{number}").read_text()[-3000:]
+    pair.run(directory, "tests.two_processes", str(directory), devices=1)
     return [json.loads((directory / f"seen-{number}.json").read_text()) for number in range(2)]
 
 

@@ -3,11 +3,7 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +14,18 @@ from jax.sharding import PartitionSpec
 
 from sea_jax import agent, checkpoint, experience, sharding, train, wiring
 from sea_jax.models import partition
-from tests import sharded_run
+from tests import pair, sharded_run
 
-ROOT = Path(__file__).parent.parent
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def ledger(workdir: Path) -> list[dict[str, Any]]:
@@ -66,29 +65,29 @@ def test_a_run_on_a_mesh_has_the_numbers_of_one_device(
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run_with_one_ledger_and_one_checkpoint(
+def test_two_processes_make_one_run_and_go_on_bit_for_bit_where_a_signal_to_one_stopped_both(
     models: Path, on_one_device: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    workdir = tmp_path / "run"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.sharded_run", "2,2,2", str(workdir), str(models), coordinator]
-    with ExitStack() as stack:
-        processes = []
-        for number in range(2):
-            log = stack.enter_context((tmp_path / f"log-{number}").open("w+"))
-            process = subprocess.Popen([*command, str(number)], cwd=ROOT, env=environment, stdout=log, stderr=log)
-            stack.callback(process.kill)
-            processes.append(process)
-        for number, process in enumerate(processes):
-            assert process.wait(timeout=600) == 0, (tmp_path / f"log-{number}").read_text()[-3000:]
-    assert_equal_up_to_rounding(workdir, on_one_device)
-    assert metrics(workdir / "process-1") == metrics(workdir)
-    assert not list(workdir.glob("process-1/queries*"))
-    steps = [path.name for path in (workdir / "checkpoints").iterdir()]
-    assert steps == [path.name for path in (on_one_device / "checkpoints").iterdir()]
+    def run(name: str, **how: Any) -> Path:
+        pair.run(tmp_path, "tests.sharded_run", "2,2,2", str(tmp_path / name), str(models), devices=4, **how)
+        return tmp_path / name
+
+    def two_steps_done() -> bool:
+        lines = tmp_path / "stopped" / "metrics.jsonl"
+        return lines.exists() and len(lines.read_bytes().splitlines()) > 2
+
+    undisturbed = run("undisturbed")
+    run("stopped", ends=130, stop_second=two_steps_done)
+    stopped_at = metrics(tmp_path / "stopped")[-1]["step"]
+    assert 2 <= stopped_at < metrics(undisturbed)[-1]["step"]
+    stopped = run("stopped")
+    for workdir in (undisturbed, stopped):
+        assert_equal_up_to_rounding(workdir, on_one_device)
+        assert metrics(workdir / "process-1") == metrics(workdir)
+        assert not list(workdir.glob("process-1/queries*"))
+        assert names(workdir / "checkpoints") == names(on_one_device / "checkpoints")
+    assert metrics(stopped) == metrics(undisturbed)
+    assert (stopped / "queries.jsonl").read_bytes() == (undisturbed / "queries.jsonl").read_bytes()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Every function is told a directory of its own, which both share, and returns wha
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,13 @@ def a_disk_that_is_full(directory: Path) -> Any:
     """Before the asks are written, and before the labels are: where the oracle was asked, it is said so."""
     asked: list[int] = []
 
-    def preference(prompts: list[str], first: list[str], second: list[str]) -> np.ndarray:
+    def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
         asked.append(len(prompts))
         return np.full(len(prompts), 0.125)
 
     oracle = oracles.labelled(processes.asked_by_first(preference), oracles.soft)
     errors = []
-    for room in (0, 250):
+    for room in (0, 180):
         question = labelling.Question("1-0", 1, "0", "prompt", "first", "second", None)
         own = directory / str(room)
         own.mkdir(exist_ok=True)

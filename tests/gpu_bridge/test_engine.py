@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from gpu_bridge import protocol
 from gpu_bridge.protocol import GenerateAnswer, Health, ScoreAnswer, ScoreRequest
-from sea_jax import generation
+from sea_jax import generation, tokenizer
 from sea_jax.generation import SamplingConfig
 from sea_jax.models import hf, reward
 from sea_jax.types import Candidates, Prompts
@@ -32,7 +33,7 @@ from tests.gpu_bridge.engines import (
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="`make bridge` has not been run")]
 
 
-def padded(rows: list[list[int]]) -> Prompts:
+def padded(rows: Sequence[list[int]]) -> Prompts:
     """Sequences padded on the left."""
     length = max(map(len, rows))
     tokens = np.array([[7] * (length - len(row)) + row for row in rows], np.int32)
@@ -40,13 +41,13 @@ def padded(rows: list[list[int]]) -> Prompts:
     return Prompts(jnp.asarray(tokens), jnp.asarray(valid))
 
 
-def greedy(directory: Path) -> Candidates:
+def greedy(directory: Path, prompts: Sequence[list[int]] = PROMPTS, eos_id: int = EOS) -> Candidates:
     """What the sampler in JAX writes."""
     loaded = hf.load(directory)
-    sampling = SamplingConfig(num_samples=1, max_new_tokens=12, eos_ids=(EOS,), pad_id=EOS, temperature=0.0)
+    sampling = SamplingConfig(num_samples=1, max_new_tokens=12, eos_ids=(eos_id,), pad_id=eos_id, temperature=0.0)
     return jax.device_get(
         generation.generate(
-            jax.device_put(loaded.params), padded(PROMPTS), jax.random.key(0), config=loaded.config, sampling=sampling
+            jax.device_put(loaded.params), padded(prompts), jax.random.key(0), config=loaded.config, sampling=sampling
         )
     )
 
@@ -149,6 +150,16 @@ def test_scores_are_those_of_the_reward_model_in_jax(oracle):
     )
     assert answer.version == protocol.INITIAL
     np.testing.assert_allclose(answer.scores, expected, atol=1e-3)
+
+
+def test_smollm2_writes_what_it_does_in_jax(tmp_path):
+    loaded = hf.load("builtin:smollm2-135m-instruct")
+    hf.save(tmp_path / "smollm2", loaded.config, loaded.params, loaded.directory)
+    words = tokenizer.load(tmp_path / "smollm2")
+    asked = [words.encode(text) for text in ("The capital of France is", "Boats float because", "def add(a, b):\n")]
+    with running("policy", tmp_path / "smollm2", "--max_model_len=256") as server:
+        answer = server.generate(prompts=asked, eos_ids=[words.eos_id])
+    assert_same(answer, greedy(tmp_path / "smollm2", asked, words.eos_id))
 
 
 def test_an_engine_that_is_killed_comes_back_without_its_weights(policy):
