@@ -79,6 +79,7 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
 
     config.eval.every_queries = 1280  # ten steps while every duel goes to the oracle
     config.eval.num_prompts = 1000
+    config.eval.batch_size = SAMPLED_AT_A_TIME[size]
     config.eval.max_new_tokens = 128  # longer than in training, so that summaries end by themselves
     config.eval.against_references = True
     return config

@@ -82,9 +82,8 @@ def load(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]
     if heldout is None:
         train, heldout = split(records, config.heldout_fraction)
     else:
-        heldout_prompts = {record["prompt"] for record in heldout}
-        train = [record for record in records if record["prompt"] not in heldout_prompts]
-        logging.info("dropped %d training prompts that are also held out", len(records) - len(train))
+        train = without_near_duplicates(records, heldout)
+        logging.info("dropped %d training prompts that nearly repeat a held-out one", len(records) - len(train))
     if not train or not heldout:
         raise ValueError(
             f"data.source={config.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "

@@ -82,7 +82,9 @@ def best_of_n(
     written: list[str] = []
     lengths: list[np.ndarray] = []
     for index, (batch, counts) in enumerate(heldout):
-        candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index), version)
+        candidates = generate(
+            trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index), version
+        )
         responses = texts(candidates)
         best = np.asarray(sampling.best_of_n(ensemble.rewards(reward_model, features(batch, candidates, responses))))
         rows = np.flatnonzero(counts)

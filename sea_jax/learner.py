@@ -264,9 +264,10 @@ def update(
       Learner and scalars: loss, margin (h towards the preferred response), accuracy, log_ratio (mean log pi/pi_ref),
       gradient_norm (before clipping), learning_rate.
     """
+    batch = partition.batches(batch)
     count = batch.labels.shape[0] // learner_config.microbatch_size
     # Every count-th pair to a microbatch: each then has pairs of every device that the batch is divided over.
-    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), partition.batches(batch))
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     specs = decoder.specs(config, learner.trained)
 
     def gradient(*arguments: Any) -> tuple[Params, dict[str, Array]]:

@@ -108,12 +108,14 @@ def config(**fields: object) -> ml_collections.ConfigDict:
 
 
 def test_a_file_of_its_own_can_be_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train = lines(tmp_path / "train.jsonl", {"p": "a"}, {"p": "b"}, {"p": "c"})
-    heldout = lines(tmp_path / "heldout.jsonl", {"p": "d"}, {"p": "b"})
+    repost = {"p": "I asked my neighbour about his very loud dog, again!"}
+    train = lines(tmp_path / "train.jsonl", {"p": "a"}, {"p": "b"}, repost, {"p": "c"})
+    post = {"p": "I asked my neighbour about his very loud dog."}
+    heldout = lines(tmp_path / "heldout.jsonl", {"p": "d"}, {"p": "b"}, post)
     with caplog.at_level(logging.INFO, logger="absl"):
         parts = data.load(config(path=str(train), heldout_path=str(heldout)))
-    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["d", "b"]]
-    assert "dropped 1 training prompts that are also held out" in caplog.text
+    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["d", "b", post["p"]]]
+    assert "dropped 2 training prompts that nearly repeat a held-out one" in caplog.text
 
 
 def test_one_file_is_split(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_full_disk_of_the_first_process_stops_both_and_the_answers_are_the_sam
     (errors, labels, asked), (others, other_labels, never) = (seen["a_disk_that_is_full"] for seen in both)
     assert ["File too large" in error for error in errors] == [True, True]
     assert others == ["ValueError: another process failed with the ledger; its message says why"] * 2
-    assert labels == other_labels == [0.125]
+    assert labels == other_labels == [0.125, 0.125]
     assert (asked, never) == (3, 0)  # not where the ask could not be written
 
 

@@ -105,7 +105,9 @@ def test_a_run_that_goes_on_finds_what_was_being_written_ahead(tmp_path: Path) -
 @pytest.mark.parametrize("logprob", [-1.1, float("nan")])
 def test_a_writer_that_computes_something_else_stops_the_run(logprob: float, tmp_path: Path) -> None:
     responses, journal = opened(tmp_path, Writer(logprob))
-    with pytest.raises(ValueError, match=r"actor/logprob_gap is (0.1000|nan) .* after 4 policy steps.*max_logprob_gap=0.05"):
+    with pytest.raises(
+        ValueError, match=r"actor/logprob_gap is (0.1000|nan) .* after 4 policy steps.*max_logprob_gap=0.05"
+    ):
         ask(responses, 0, 4)
     assert journal.find(0) is None
 

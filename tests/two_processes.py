@@ -3,6 +3,7 @@
 Every function is told a directory of its own, which both share, and returns what is to be seen of it as JSON.
 """
 
+import functools
 import json
 import os
 import sys
@@ -154,17 +155,24 @@ def a_disk_that_is_full(directory: Path) -> Any:
         return np.full(len(prompts), 0.125)
 
     oracle = oracles.labelled(processes.asked_by_first(preference), oracles.soft)
-    errors = []
+    question = labelling.Question("1-0", 1, "0", "prompt", "first", "second", None)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def label(own: Path) -> list[float]:
+        with train.open_ledger(own / "queries.jsonl") as ledger:
+            return labelling.label([question], oracle, ledger, keys)
+
+    def label_on_a_full_disk(own: Path, room: int) -> list[float]:
+        with train.open_ledger(own / "queries.jsonl") as ledger, full_disk(room if processes.is_first() else 1 << 30):
+            return labelling.label([question], oracle, ledger, keys)
+
+    errors, labels = [], []
     for room in (0, 180):
-        question = labelling.Question("1-0", 1, "0", "prompt", "first", "second", None)
         own = directory / str(room)
         own.mkdir(exist_ok=True)
-        with train.open_ledger(own / "queries.jsonl") as ledger:
-            keys = jax.random.split(jax.random.key(0), 1)
-            with full_disk(room if processes.is_first() else 1 << 30):
-                errors.append(said(lambda: labelling.label([question], oracle, ledger, keys)))
-            after = labelling.label([question], oracle, ledger, keys)
-    return errors, after, sum(asked)
+        errors.append(said(functools.partial(label_on_a_full_disk, own, room)))
+        labels += label(own)
+    return errors, labels, sum(asked)
 
 
 def ctrl_c_in_the_first(directory: Path) -> Any:

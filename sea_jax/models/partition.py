@@ -43,12 +43,17 @@ def spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> Partitio
       PartitionSpec; an axis that its mesh axes do not divide evenly stays whole.
     """
 
-    def of_axis(axis: str | None, size: int) -> tuple[str, ...] | None:
+    def of_axis(axis: str | None, size: int) -> str | tuple[str, ...] | None:
         names = RULES.get(axis or "", ())
         count = math.prod(sizes[name] for name in names)
-        return names if count > 1 and size % count == 0 else None
+        if count == 1 or size % count:
+            return None
+        return names if len(names) > 1 else names[0]
 
-    return PartitionSpec(*(of_axis(axis, size) for axis, size in zip(axes, shape, strict=True)))
+    entries = [of_axis(axis, size) for axis, size in zip(axes, shape, strict=True)]
+    while entries and entries[-1] is None:  # as XLA writes it: another spelling would be compiled for once more
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
