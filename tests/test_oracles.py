@@ -280,7 +280,7 @@ def test_scores_are_those_of_transformers(scorer, score):
 
 
 def test_a_remote_reward_model_is_asked_for_what_one_in_this_process_reads(scorer, score):
-    config, params = hf.read_config(scorer), hf.load(scorer).params
+    config, params = reward.check(hf.read_config(scorer)), hf.load(scorer).params
     apply = jax.jit(partial(reward.apply, config=config, dtype="float32"))
 
     def service(inputs):
