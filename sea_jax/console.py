@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from sea_jax import processes
 from sea_jax.experience import LedgerError
 from sea_jax.metrics import NotFiniteError
 
@@ -69,11 +69,11 @@ def prepare_devices() -> None:
     if not COORDINATOR.value:
         return
     if COORDINATOR.value == "auto":
-        jax.distributed.initialize()
+        processes.join()
         return
     if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
         raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id too")
-    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def parse(arguments: Sequence[str]) -> Sequence[str]:

@@ -13,6 +13,19 @@ from sea_jax.types import Preference
 Answer = TypeVar("Answer")
 
 
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Makes this process one of several.
+
+    Args:
+      coordinator: HOST:PORT of the first; None: the cluster tells.
+      num_processes: how many there are.
+      process_id: which one this is.
+    """
+    # On CPUs two programs could run at once and meet those of another process in another order: both would wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
 def is_first() -> bool:
     """Returns whether this process is the one that asks the oracle and writes the ledger."""
     return jax.process_index() == 0

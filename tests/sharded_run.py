@@ -10,7 +10,7 @@ import ml_collections
 from absl import flags
 
 from configs import tiny_random as tiny_config
-from sea_jax import cache, console, tiny_random, train
+from sea_jax import cache, console, processes, tiny_random, train
 
 
 def write_models(directory: Path) -> None:
@@ -44,8 +44,6 @@ if __name__ == "__main__":
     mesh, workdir, models = sys.argv[1:4]
     cache.keep_compiled_programs()
     if len(sys.argv) > 4:
-        import jax
-
-        jax.distributed.initialize(sys.argv[4], num_processes=2, process_id=int(sys.argv[5]))
+        processes.join(sys.argv[4], 2, int(sys.argv[5]))
     console.quiet_libraries()
     train.train(configured(tuple(int(size) for size in mesh.split(",")), Path(models)), Path(workdir))

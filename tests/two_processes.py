@@ -195,7 +195,7 @@ SCENES: list[Callable[[Path], Any]] = [
 
 
 if __name__ == "__main__":
-    jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+    processes.join(sys.argv[2], 2, int(sys.argv[3]))
     seen = {}
     for scene in SCENES:
         own = Path(sys.argv[1]) / scene.__name__
