@@ -240,11 +240,9 @@ def fitting_mesh(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     used, here, alone = math.prod(config.mesh), len(jax.devices()), jax.process_count() == 1
     if used == here or (used < here and alone):
         return tuple(config.mesh)
-    batches = (
-        config.data.batch_size,
-        config.eval.batch_size,
-        config.sampling.batch_size,
-    )
+    batches = [config.data.batch_size, config.eval.batch_size, config.sampling.batch_size]
+    batches += [config.erm.trunk_batch_size] if config.erm.trunk else []
+    batches += [config.oracle.batch_size] if config.oracle.kind == "reward_model" else []
     return (1, math.gcd(here, *batches) if alone else -1, 1)
 
 

@@ -97,11 +97,7 @@ def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(run: Path, t
     (run / "config.json").write_text(json.dumps(config))
     evaluate.evaluate(run, num_prompts=4)
     rates, settings = (numbers(run, newest(run))[name] for name in ("win_rates", "settings"))
-    assert settings["mesh"] == [
-        1,
-        math.gcd(2, jax.device_count()),
-        1,
-    ]  # 2 is what a mesh must divide: learner.microbatch_size
+    assert settings["mesh"] == [1, math.gcd(4, jax.device_count()), 1]  # 4 are the prompts of a batch
     assert settings["num_prompts"] == 4
     assert {name: rate["prompts"] for name, rate in rates.items()} == {
         "response_over_initial": 4,
