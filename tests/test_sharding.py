@@ -71,7 +71,8 @@ def test_two_processes_make_one_run_and_a_signal_to_one_stops_both_which_then_go
         lines = workdir / "metrics.jsonl"
         return lines.exists() and len(lines.read_bytes().splitlines()) > 1
 
-    run = functools.partial(pair.run, tmp_path, "tests.sharded_run", "2,2,2", str(workdir), str(models), devices=4)
+    # A device each: many of one host's threads in collectives of two processes can wait for each other when it is busy.
+    run = functools.partial(pair.run, tmp_path, "tests.sharded_run", "1,2,1", str(workdir), str(models), devices=1)
     run(ends=130, stop_second=one_step_done)
     before = metrics(workdir)
     assert 1 <= before[-1]["step"] < metrics(on_one_device)[-1]["step"]
