@@ -7,7 +7,7 @@ import jax
 from absl import logging
 from jax.sharding import AxisType, Mesh
 
-from sea_jax.models.config import Config
+from sea_jax.models.config import ModelConfig
 from sea_jax.models.partition import MESH_AXES
 
 
@@ -60,7 +60,7 @@ def make(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> M
     return jax.make_mesh(resolved, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
 
 
-def check(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, Config]) -> None:
+def check(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, ModelConfig]) -> None:
     """Refuses batches and models that a mesh does not divide evenly.
 
     Args:
@@ -80,7 +80,7 @@ def check(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, Confi
     for field, model in models.items():
         for what, size, axis, count in (
             ("attention heads", model.num_heads, "tensor", tensor),
-            ("key and value heads", getattr(model, "num_kv_heads", model.num_heads), "tensor", tensor),
+            ("key and value heads", model.num_kv_heads, "tensor", tensor),
             ("hidden features of the MLP", model.d_ff, "tensor", tensor),
             ("features", model.d_model, "fsdp", fsdp),
         ):

@@ -38,7 +38,7 @@ from sea_jax.ensemble import Ensemble, EnsembleConfig
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
-from sea_jax.models import decoder, hf, partition
+from sea_jax.models import decoder, hf, partition, reward
 from sea_jax.models.config import Config, ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Candidates, DuelRule, Oracle, PairLogps, Params, PolicyServers, Preference, Prompts
@@ -554,15 +554,17 @@ def check_mesh(
         "eval.batch_size": config.eval.batch_size,
         "sampling.batch_size": config.sampling.batch_size,
     }
-    models: dict[str, Config] = {"policy.source": model}
+    models = {"policy.source": model}
     if training:
         batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
     if config.erm.trunk:
         batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
-        models["erm.trunk"] = describe(config.erm.trunk)
     if config.oracle.kind == "reward_model":
         batch_sizes["oracle.batch_size"] = config.oracle.batch_size
-        models["oracle.reward_model"] = describe(config.oracle.reward_model)
+        try:
+            models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
+        except ValueError as error:
+            raise ValueError(f"config.oracle.reward_model={config.oracle.reward_model}: {error}") from error
     sharding.check(mesh, batch_sizes, models)
 
 
