@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn.initializers import normal, ones, zeros
+from jax.nn.initializers import normal, zeros
 
-from sea_jax.models import partition
+from sea_jax.models import encoder, partition
 from sea_jax.models.config import DebertaConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
-from sea_jax.models.parameters import Params, ParamSpec, initialise
+from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
 
 
 def abstract(config: DebertaConfig) -> Params:
@@ -24,49 +24,30 @@ def abstract(config: DebertaConfig) -> Params:
       "relative": [2 span, d], "relative_norm": {...}, "conv": {"kernel": [width, d, d], "bias": [d]}, "conv_norm": {...},
       "stacks": (one dict of [L, ...] leaves,)}, without those that the configuration switches off.
     """
-    weight = normal(config.init_std)
-    n, d = config.num_layers, config.d_model
-
-    def norm(*stacked: int) -> Params:
-        axes = ("layers",) * len(stacked) + (None,)
-        return {"scale": ParamSpec((*stacked, d), axes, ones), "bias": ParamSpec((*stacked, d), axes, zeros)}
-
-    def matrix(rows: int, columns: int, axes: tuple[str, str]) -> Params:
-        kernel = ParamSpec((n, rows, columns), ("layers", *axes), weight)
-        return {"kernel": kernel, "bias": ParamSpec((n, columns), ("layers", axes[1]), zeros)}
+    weight, d = normal(config.init_std), config.d_model
+    layers = encoder.layers(config.num_layers, d, config.d_ff, weight)
+    for term, name in (("c2p", "relative_k"), ("p2c", "relative_q")):
+        if term in config.relative_terms and not config.share_projections:
+            layers[name] = matrices((config.num_layers, d, d), ("embed", "heads"), weight)
 
     def table(rows: int) -> ParamSpec:
         return ParamSpec((rows, d), (None, "embed"), weight)
 
     tree: Params = {
         "embed": {"word": ParamSpec((config.vocab_size, d), ("vocab", "embed"), weight)},
-        "embed_norm": norm(),
+        "embed_norm": norm(d),
         "relative": table(2 * config.relative_span),
-        "stacks": (
-            {
-                "q": matrix(d, d, ("embed", "heads")),
-                "k": matrix(d, d, ("embed", "heads")),
-                "v": matrix(d, d, ("embed", "heads")),
-                "o": matrix(d, d, ("heads", "embed")),
-                "attention_norm": norm(n),
-                "up": matrix(d, config.d_ff, ("embed", "mlp")),
-                "down": matrix(config.d_ff, d, ("mlp", "embed")),
-                "mlp_norm": norm(n),
-            },
-        ),
+        "stacks": (layers,),
     }
     if config.absolute_positions:
         tree["embed"]["position"] = table(config.max_positions)
     if config.num_token_types:
         tree["embed"]["token_type"] = table(config.num_token_types)
     if config.norm_relative:
-        tree["relative_norm"] = norm()
-    for term, name in (("c2p", "relative_k"), ("p2c", "relative_q")):
-        if term in config.relative_terms and not config.share_projections:
-            tree["stacks"][0][name] = matrix(d, d, ("embed", "heads"))
+        tree["relative_norm"] = norm(d)
     if config.conv_width:
         kernel = ParamSpec((config.conv_width, d, d), (None, None, "embed"), weight)
-        tree |= {"conv": {"kernel": kernel, "bias": ParamSpec((d,), ("embed",), zeros)}, "conv_norm": norm()}
+        tree |= {"conv": {"kernel": kernel, "bias": ParamSpec((d,), ("embed",), zeros)}, "conv_norm": norm(d)}
     return tree
 
 

@@ -8,12 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn.initializers import normal, ones, zeros
+from jax.nn.initializers import normal
 
 from sea_jax.models import partition, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
-from sea_jax.models.parameters import Params, ParamSpec, initialise
+from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
 
 KV = tuple[jax.Array, jax.Array]
 """Rotated keys and values of some layers."""
@@ -53,47 +53,34 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
     Raises:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
     """
-    weight = normal(config.init_std)
-
-    def norm(*stacked: int) -> Params:
-        axes = ("layers",) * len(stacked) + (None,)
-        scale = ParamSpec((*stacked, config.d_model), axes, ones)
-        bias = ParamSpec((*stacked, config.d_model), axes, zeros)
-        return {"scale": scale, "bias": bias} if config.norm == "layer" else {"scale": scale}
-
-    def matrix(n: int, rows: int, columns: int, axes: tuple[str, str], bias: bool) -> Params:
-        kernel = ParamSpec((n, rows, columns), ("layers", *axes), weight)
-        if not bias:
-            return {"kernel": kernel}
-        return {"kernel": kernel, "bias": ParamSpec((n, columns), ("layers", axes[1]), zeros)}
+    weight, d, layer_norms = normal(config.init_std), config.d_model, config.norm == "layer"
 
     def stack(n: int) -> Params:
-        d, q, kv = config.d_model, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         layers = {
-            "attention_norm": norm(n),
-            "q": matrix(n, d, q, ("embed", "heads"), config.attention_bias),
-            "k": matrix(n, d, kv, ("embed", "kv_heads"), config.attention_bias),
-            "v": matrix(n, d, kv, ("embed", "kv_heads"), config.attention_bias),
-            "o": matrix(n, q, d, ("heads", "embed"), config.output_bias),
-            "mlp_norm": norm(n),
-            "up": matrix(n, d, config.d_ff, ("embed", "mlp"), config.mlp_bias),
-            "down": matrix(n, config.d_ff, d, ("mlp", "embed"), config.mlp_bias),
+            "attention_norm": norm(n, d, bias=layer_norms),
+            "q": matrices((n, d, q), ("embed", "heads"), weight, config.attention_bias),
+            "k": matrices((n, d, kv), ("embed", "kv_heads"), weight, config.attention_bias),
+            "v": matrices((n, d, kv), ("embed", "kv_heads"), weight, config.attention_bias),
+            "o": matrices((n, q, d), ("heads", "embed"), weight, config.output_bias),
+            "mlp_norm": norm(n, d, bias=layer_norms),
+            "up": matrices((n, d, config.d_ff), ("embed", "mlp"), weight, config.mlp_bias),
+            "down": matrices((n, config.d_ff, d), ("mlp", "embed"), weight, config.mlp_bias),
         }
         if config.gated_mlp:
-            layers["gate"] = matrix(n, d, config.d_ff, ("embed", "mlp"), config.mlp_bias)
+            layers["gate"] = matrices((n, d, config.d_ff), ("embed", "mlp"), weight, config.mlp_bias)
         if config.head_norms:
-            scale = ParamSpec((n, config.head_dim), ("layers", None), ones)
-            layers |= {"q_norm": {"scale": scale}, "k_norm": {"scale": scale}}
+            layers |= {name: norm(n, config.head_dim, bias=False) for name in ("q_norm", "k_norm")}
         return layers
 
-    table = ParamSpec((config.vocab_size, config.d_model), ("vocab", "embed"), weight)
+    table = ParamSpec((config.vocab_size, d), ("vocab", "embed"), weight)
     params: Params = {
         "embed": table,
         "stacks": tuple(stack(high - low) for low, high in _stacks(cuts, config.num_layers)),
-        "final_norm": norm(),
+        "final_norm": norm(d, bias=layer_norms),
     }
     if config.scalar_head:
-        return params | {"score": ParamSpec((config.d_model,), ("embed",), weight)}
+        return params | {"score": ParamSpec((d,), ("embed",), weight)}
     return params if config.tie_embeddings else params | {"unembed": table}
 
 

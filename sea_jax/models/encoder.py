@@ -1,15 +1,16 @@
 """A BERT encoder (https://arxiv.org/abs/1810.04805) as pure functions over stacked layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal, ones, zeros
+from jax.nn.initializers import normal
 
 from sea_jax.models import partition
 from sea_jax.models.config import EncoderConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
-from sea_jax.models.parameters import Params, ParamSpec, initialise
+from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
 
 
 def abstract(config: EncoderConfig) -> Params:
@@ -22,36 +23,40 @@ def abstract(config: EncoderConfig) -> Params:
       {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
       "stacks": (one dict of [L, ...] leaves,)}.
     """
-    weight = normal(config.init_std)
-    n, d = config.num_layers, config.d_model
-
-    def norm(*stacked: int) -> Params:
-        axes = ("layers",) * len(stacked) + (None,)
-        return {"scale": ParamSpec((*stacked, d), axes, ones), "bias": ParamSpec((*stacked, d), axes, zeros)}
-
-    def matrix(rows: int, columns: int, axes: tuple[str, str]) -> Params:
-        kernel = ParamSpec((n, rows, columns), ("layers", *axes), weight)
-        return {"kernel": kernel, "bias": ParamSpec((n, columns), ("layers", axes[1]), zeros)}
-
+    weight, d = normal(config.init_std), config.d_model
     return {
         "embed": {
             "word": ParamSpec((config.vocab_size, d), ("vocab", "embed"), weight),
             "position": ParamSpec((config.max_positions, d), (None, "embed"), weight),
             "token_type": ParamSpec((config.num_token_types, d), (None, "embed"), weight),
         },
-        "embed_norm": norm(),
-        "stacks": (
-            {
-                "q": matrix(d, d, ("embed", "heads")),
-                "k": matrix(d, d, ("embed", "heads")),
-                "v": matrix(d, d, ("embed", "heads")),
-                "o": matrix(d, d, ("heads", "embed")),
-                "attention_norm": norm(n),
-                "up": matrix(d, config.d_ff, ("embed", "mlp")),
-                "down": matrix(config.d_ff, d, ("mlp", "embed")),
-                "mlp_norm": norm(n),
-            },
-        ),
+        "embed_norm": norm(d),
+        "stacks": (layers(config.num_layers, d, config.d_ff, weight),),
+    }
+
+
+def layers(num_layers: int, d_model: int, d_ff: int, weight: Callable[..., jax.Array]) -> Params:
+    """The leaves of an encoder's layers, a norm behind each half of a layer.
+
+    Args:
+      num_layers: L.
+      d_model: d.
+      d_ff: width of the inner half.
+      weight: initialiser of the matrices.
+
+    Returns:
+      A dict of [L, ...] ParamSpec.
+    """
+    n, d = num_layers, d_model
+    return {
+        "q": matrices((n, d, d), ("embed", "heads"), weight),
+        "k": matrices((n, d, d), ("embed", "heads"), weight),
+        "v": matrices((n, d, d), ("embed", "heads"), weight),
+        "o": matrices((n, d, d), ("heads", "embed"), weight),
+        "attention_norm": norm(n, d),
+        "up": matrices((n, d, d_ff), ("embed", "mlp"), weight),
+        "down": matrices((n, d_ff, d), ("mlp", "embed"), weight),
+        "mlp_norm": norm(n, d),
     }
 
 
