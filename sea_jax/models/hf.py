@@ -1,5 +1,6 @@
 """Models in the format of Hugging Face: a config.json with safetensors or GGUF weights, to and from pytrees."""
 
+import functools
 import json
 import shutil
 import uuid
@@ -133,14 +134,20 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
     if isinstance(source, Path) or path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{path} is not a directory; pass one that holds config.json and the weights")
     try:
-        patterns = ["*.json", *_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return _fetched(name, weights)
     except Exception as error:  # The hub's client lets errors of its HTTP library through.
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise FileNotFoundError(
             f"{name!r} is no directory here, and the Hugging Face hub did not give it ({reason}); "
             "pass a directory that holds config.json and the weights"
         ) from error
+
+
+@functools.cache  # so that a run sees one version of a model, however often its parts ask for it
+def _fetched(name: str, weights: bool) -> Path:
+    """Returns the directory of a model from the hub, as it is when it is first asked for."""
+    patterns = ["*.json", *_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
 def save(

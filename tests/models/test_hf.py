@@ -165,16 +165,21 @@ def test_a_hub_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_names_of_the_hub_are_fetched_without_pickles(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
+    times = 0
 
     def snapshot_download(name: str, **given: Any) -> str:
+        nonlocal times
+        times += 1
         asked.update(given, name=name)
         return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hf.load("owner/model").directory == directory
-    assert asked["name"] == "owner/model"
+    assert hf.load("owner/fetched-once").directory == directory
+    assert asked["name"] == "owner/fetched-once"
     assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
+    hf.read_config("owner/fetched-once")
+    assert times == 1  # else the hub could change in between
 
 
 def test_names_of_what_is_built_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
