@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax import struct
 
+from sea_jax import files
 from sea_jax.models import partition
 from sea_jax.types import Array
 
@@ -265,12 +266,7 @@ class Ledger:
                     f"{path} is missing: without it the questions in {self.path.name} would be asked, and paid for, under "
                     "other names; restore the file, or start anew with another --workdir"
                 )
-            unfinished = path.with_name("run_id.tmp")
-            with unfinished.open("w") as file:
-                file.write(secrets.token_hex(8))
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
+            files.write_whole(path, secrets.token_hex(8))
         return path.read_text()
 
 

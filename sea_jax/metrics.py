@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -18,6 +17,8 @@ from absl import logging
 from scipy import special
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from sea_jax import files
 
 CONFIDENCE = 0.95
 PLAIN_LINE_INTERVAL_S = 5.0
@@ -192,12 +193,7 @@ def _drop_after(path: Path, last_step: int) -> None:
     kept = [record for record in records if record["step"] <= last_step]
     if len(kept) < len(records):
         logging.info("%s: dropped %d lines after step %d", path, len(records) - len(kept), last_step)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    files.write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 class Writer:

@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sea_jax import processes
+from sea_jax import files, processes
 from sea_jax.actors import Generate
 from sea_jax.types import Array, Candidates, Params, Prompts
 
@@ -87,16 +86,10 @@ class Journal:
         """
         fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
         about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
-        unfinished = self._path(number).with_suffix(".unfinished")
-
-        def write() -> None:
-            with unfinished.open("wb") as file:
-                np.savez(file, about=np.array(about), **fields)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._path(number))
-
-        processes.by_first(write, None, KEPT)
+        content = io.BytesIO()
+        np.savez(content, about=np.array(about), **fields)
+        path = self._path(number)
+        processes.by_first(lambda: files.write_whole(path, content.getvalue()), None, KEPT)
 
     def checkpointed(self, batches: int) -> None:
         """Forgets what no checkpoint that is kept can come past again.

@@ -166,7 +166,7 @@ def test_a_torn_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, torn
         writer.write(6, {})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 6]
     assert ("torn" in caplog.text) == (len(kept) == 1)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.parametrize("damaged", ['{"step":', "3"])

@@ -142,5 +142,5 @@ def test_what_no_checkpoint_comes_past_again_is_forgotten(tmp_path: Path) -> Non
 
 
 def test_a_torn_file_is_not_taken_for_responses(tmp_path: Path) -> None:
-    (tmp_path / "0.unfinished").write_bytes(b"PK")
+    (tmp_path / "0.npz.unfinished").write_bytes(b"PK")
     assert Journal(tmp_path, 1).find(0) is None
