@@ -26,7 +26,7 @@ from absl import flags
 
 from configs import quickstart
 from gpu_bridge import client, launch, protocol, weights
-from sea_jax import actors, learner, oracles, train, wiring
+from sea_jax import actors, learner, oracles, policies, train
 from sea_jax.generation import SamplingConfig
 from sea_jax.models import decoder, hf
 from sea_jax.models.config import ModelConfig
@@ -115,7 +115,7 @@ def compared(own: Candidates, other: Candidates) -> float:
 def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str]) -> Iterator[str]:
     """Yields the rows of the table."""
     token = os.environ[protocol.TOKEN_VARIABLE]
-    policy = wiring.policy(str(options.policy), options.train_last_layers, dtype=options.dtype)
+    policy = policies.load(str(options.policy), options.train_last_layers, dtype=options.dtype)
     servers = client.PolicyClient([urls[protocol.POLICY]], token)
     random = np.random.default_rng(0)
     tokens = random.integers(10, policy.config.vocab_size, (options.prompts, options.prompt_tokens), np.int32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.inputs import Inputs, Settings
-from sea_jax import ensemble, experience, features, generation, learner, losses, oracles, wiring
+from sea_jax import ensemble, experience, features, generation, learner, losses, oracles, policies, wiring
 from sea_jax.ensemble import EnsembleConfig
 from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
@@ -32,7 +32,7 @@ class JaxStep:
           encoder: directory of a BERT in that format.
         """
         self.settings, self.inputs = settings, inputs
-        self.policy = wiring.policy(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
+        self.policy = policies.load(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
         self.prompts = Prompts(jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid))
         self.sampling = sampling_config(settings, self.policy)
         self.texts = wiring.texts(self.policy.tokenizer)
@@ -190,7 +190,7 @@ def dpo(beta: float) -> Callable[[PairLogps], Array]:
     return losses.bind(losses.LOSSES["dpo"], {"beta": beta})
 
 
-def sampling_config(settings: Settings, policy: wiring.Policy) -> SamplingConfig:
+def sampling_config(settings: Settings, policy: policies.Policy) -> SamplingConfig:
     """Returns how candidates are drawn: no token ends a response, so that both sides write the same number of them.
 
     Args:

@@ -31,7 +31,7 @@ from benchmarks.inputs import Inputs, Settings, Step
 from benchmarks.jax_step import JaxStep, ensemble_config, sampling_config
 from benchmarks.torch_step import TorchStep, candidate_texts
 from configs import quickstart
-from sea_jax import data, ensemble, generation, learner, tokenizer, wiring
+from sea_jax import data, ensemble, generation, learner, policies, tokenizer, wiring
 from sea_jax.data import Rendered
 from sea_jax.models import hf
 from sea_jax.models.config import EncoderConfig
@@ -99,7 +99,7 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
     )
 
 
-def make_inputs(sizes: Settings, policy: wiring.Policy, rendered: list[Rendered], prompt_tokens: int) -> Inputs:
+def make_inputs(sizes: Settings, policy: policies.Policy, rendered: list[Rendered], prompt_tokens: int) -> Inputs:
     """Makes what both sides work on: our samples, their features, a random duel per prompt, random labels.
 
     Args:
@@ -293,7 +293,7 @@ def main() -> None:
 
     config = configuration(arguments)
     sizes = settings(config)
-    policy = wiring.policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
+    policy = policies.load(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
     rendered = wiring.prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
     if len(rendered) < arguments.prompts:
         raise SystemExit(

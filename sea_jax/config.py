@@ -4,7 +4,8 @@ import importlib
 import json
 import math
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_collections
@@ -180,6 +181,23 @@ URLS: Check = (
     lambda v: all(is_http(url) for url in addresses(v)),
     "http:// or https:// URLs with a host and without a path, separated by commas",
 )
+
+
+@contextmanager
+def naming(field: str, value: object) -> Iterator[None]:
+    """Lets errors name the field whose value they are about.
+
+    Args:
+      field: such as oracle.reward_model.
+      value: of the field.
+
+    Raises:
+      ValueError: what is inside raised a ValueError or an OSError.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.{field}={value}: {error}") from error
 
 
 def addresses(urls: str) -> tuple[str, ...]:

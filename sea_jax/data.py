@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from scipy import sparse
 
-from sea_jax import docstrings, sources
+from sea_jax import batching, docstrings, sources
 from sea_jax.sources import Record, digest
 from sea_jax.tokenizer import Tokenizer
 
@@ -236,13 +236,8 @@ def collate(rendered: Sequence[Rendered], pad_id: int, bucket: int) -> Batch:
       bucket: tokens; P is the length of the longest prompt rounded up to a multiple of it.
     """
     longest = max(len(one.tokens) for one in rendered)
-    shape = (len(rendered), -(-longest // bucket) * bucket)
-    tokens = np.full(shape, pad_id, np.int32)
-    valid = np.zeros(shape, bool)
-    for row, one in enumerate(rendered):
-        start = shape[1] - len(one.tokens)
-        tokens[row, start:] = one.tokens
-        valid[row, start:] = True
+    shape = (len(rendered), batching.rounded(longest, bucket))
+    tokens, valid = batching.pad([one.tokens for one in rendered], shape, pad_id, left=True)
     return {
         "id": [one.record["id"] for one in rendered],
         "prompt": [one.record["prompt"] for one in rendered],

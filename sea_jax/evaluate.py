@@ -11,10 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sea_jax import cache, checkpoint, console, ensemble, evaluation, metrics, processes, sharding, wiring
+from sea_jax import (
+    cache,
+    checkpoint,
+    console,
+    ensemble,
+    files,
+    metrics,
+    policies,
+    processes,
+    sharding,
+    wiring,
+)
 from sea_jax import config as configuration
 from sea_jax.actors import Generate
 from sea_jax.evaluation import Evaluation, Responses
@@ -64,10 +76,8 @@ def evaluate(
     check_checkpoint(workdir / "checkpoints", step)
     if export is not None:
         check_export(export)
-    config.actor.kind, config.actor.lag = (
-        "in_process",
-        0,
-    )  # servers may be gone, or hold newer weights for the run itself
+    # Servers may be gone, or hold newer weights for the run itself.
+    config.actor.kind, config.actor.lag = "in_process", 0
     if num_prompts is not None:
         config.eval.num_prompts = num_prompts
     config.mesh = tuple(mesh) if mesh else fitting_mesh(config)
@@ -129,8 +139,8 @@ def evaluate_on(
     }
     if processes.is_first():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(heldout, written, comparisons))
-        replace(workdir / f"responses-{step}.jsonl", "".join(lines))
-        replace(workdir / f"evaluation-{step}.json", json.dumps(numbers, indent=2) + "\n")
+        files.write_whole(workdir / f"responses-{step}.jsonl", "".join(lines))
+        files.write_whole(workdir / f"evaluation-{step}.json", json.dumps(numbers, indent=2) + "\n")
         print(f"step {step}: {state['queries']} queries, {version} policy steps\n")
         titles = {
             "response": "policy",
@@ -143,7 +153,7 @@ def evaluate_on(
             f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
         )
     if export is not None:
-        wiring.export(parts.policy, trained, export)
+        policies.export(parts.policy, trained, export)
         if processes.is_first():
             print(f"The policy is in {export}, as Hugging Face's libraries read it.")
 
@@ -310,13 +320,13 @@ class Comparison:
       responses: "response" (the policy's, greedily), "best_of_n" or "initial" (the initial policy's, greedily).
       against: "initial" or "reference".
       interval: the win rate.
-      probability: P(response wins), one for each prompt; None where there is nothing to win against.
+      probability: P(response wins), one for each prompt; NaN where there is nothing to win against.
     """
 
     responses: str
     against: str
     interval: Interval
-    probability: list[float | None]
+    probability: np.ndarray
 
     @property
     def name(self) -> str:
@@ -343,47 +353,17 @@ def compared(heldout: Evaluation, written: Mapping[str, Responses]) -> list[Comp
     Returns:
       Comparisons.
     """
-    opponents: dict[str, list[str | None]] = {
-        "initial": list(heldout.initial.texts),
-        "reference": [record["reference"].strip() or None for record in heldout.records],
-    }
+    opponents = {"initial": heldout.against_initial, "reference": heldout.against_references}
     pairs = [(name, against) for name in ("response", "best_of_n", "initial") for against in opponents]
     pairs = [(name, against) for name, against in pairs if name in written and name != against]
     comparisons = []
     with metrics.Progress(len(pairs), "comparison") as progress:
         for done, (name, against) in enumerate(pairs, start=1):
-            comparisons.append(compare(heldout, name, written[name].texts, against, opponents[against]))
+            found = opponents[against](written[name].texts)
+            if found is not None:
+                comparisons.append(Comparison(name, against, *found))
             progress.update(done, {})
-    return [comparison for comparison in comparisons if comparison is not None]
-
-
-def compare(
-    heldout: Evaluation, name: str, texts: Sequence[str], against: str, opponents: Sequence[str | None]
-) -> Comparison | None:
-    """Compares responses with others, on the prompts to which there are others.
-
-    Args:
-      heldout: Evaluation.
-      name: of the responses.
-      texts: to the first n of the held-out prompts.
-      against: name of the others.
-      opponents: to the held-out prompts.
-
-    Returns:
-      A comparison; None if there are no others.
-    """
-    triples = [
-        (record["prompt"], text, opponent)
-        for record, text, opponent in zip(heldout.records, texts, opponents, strict=False)
-        if opponent is not None
-    ]
-    if not triples:
-        return None
-    prompts, ours, others = (list(column) for column in zip(*triples, strict=True))
-    interval, probability = evaluation.compare(heldout.preference, prompts, ours, others)
-    known = iter(probability.tolist())
-    spread = [None if opponent is None else next(known) for opponent in opponents[: len(texts)]]
-    return Comparison(name, against, interval, spread)
+    return comparisons
 
 
 def rows(
@@ -406,9 +386,9 @@ def rows(
             "reference": record["reference"],
             **{name: responses.texts[i] for name, responses in written.items() if i < len(responses.texts)},
             **{
-                one.name: one.probability[i]
+                one.name: float(one.probability[i])
                 for one in comparisons
-                if i < len(one.probability) and one.probability[i] is not None
+                if i < len(one.probability) and not np.isnan(one.probability[i])
             },
         }
 
@@ -436,18 +416,6 @@ def table(comparisons: Sequence[Comparison], lengths: Mapping[str, float], title
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all.
-
-    Args:
-      path: the file.
-      text: what it will hold.
-    """
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def mesh_shape(text: str) -> tuple[int, ...]:

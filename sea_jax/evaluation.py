@@ -111,6 +111,40 @@ class Evaluation:
     best_of_n: Callable[[Params, Ensemble, int], Responses]
     initial: Responses
 
+    def against_initial(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray]:
+        """Compares responses with the initial policy's.
+
+        Args:
+          texts: to the first n <= N held-out prompts.
+
+        Returns:
+          As of `compare`.
+        """
+        return compare(self.preference, self._prompts(len(texts)), texts, self.initial.texts[: len(texts)])
+
+    def against_references(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray] | None:
+        """Compares responses with the data set's own, where it has one.
+
+        Args:
+          texts: to the first n <= N held-out prompts.
+
+        Returns:
+          As of `compare`, P(response wins) [n] being NaN where there is no reference; None if there is none at all.
+        """
+        references = [record["reference"].strip() for record in self.records[: len(texts)]]
+        there = [i for i, reference in enumerate(references) if reference]
+        if not there:
+            return None
+        prompts = self._prompts(len(texts))
+        columns = ([column[i] for i in there] for column in (prompts, texts, references))
+        interval, known = compare(self.preference, *columns)
+        probability = np.full(len(texts), np.nan)
+        probability[there] = known
+        return interval, probability
+
+    def _prompts(self, count: int) -> list[str]:
+        return [record["prompt"] for record in self.records[:count]]
+
 
 def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[dict[str, float], np.ndarray]:
     """Compares responses with the initial policy's.
@@ -123,14 +157,12 @@ def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[di
     Returns:
       Metrics, and P(response wins) [n].
     """
-    count = len(responses.texts)
-    prompts = [record["prompt"] for record in evaluation.records[:count]]
-    interval, probability = compare(evaluation.preference, prompts, responses.texts, evaluation.initial.texts[:count])
+    interval, probability = evaluation.against_initial(responses.texts)
     row = _row(interval, f"eval/{name}_win_rate")
     return row | {f"eval/{name}_response_length": float(responses.lengths.mean())}, probability
 
 
-def against_references(evaluation: Evaluation, responses: Responses, name: str) -> dict[str, float]:
+def measure_against_references(evaluation: Evaluation, responses: Responses, name: str) -> dict[str, float]:
     """Compares responses with the data set's own, where it has one.
 
     Args:
@@ -141,12 +173,8 @@ def against_references(evaluation: Evaluation, responses: Responses, name: str) 
     Returns:
       Metrics; empty if no prompt has a reference.
     """
-    pairs = zip(evaluation.records, responses.texts, strict=False)
-    rows = [(one["prompt"], text, one["reference"].strip()) for one, text in pairs if one["reference"].strip()]
-    if not rows:
-        return {}
-    prompts, texts, references = (list(column) for column in zip(*rows, strict=True))
-    return _row(compare(evaluation.preference, prompts, texts, references)[0], f"eval/{name}_reference_win_rate")
+    found = evaluation.against_references(responses.texts)
+    return {} if found is None else _row(found[0], f"eval/{name}_reference_win_rate")
 
 
 def _row(interval: Interval, name: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sea_jax import generation, tokenizer
+from sea_jax import batching, generation, tokenizer
 from sea_jax.generation import SamplingConfig
 from sea_jax.models import deberta, encoder, hf, partition
 from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
@@ -92,17 +92,14 @@ def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Fe
     trunk_width(source)  # refuses what is no trunk before it is loaded
     loaded = hf.load(source)
     config, words = loaded.config, tokenizer.load(loaded.directory)
-    try:
-        tokenizer.check(words, config.vocab_size)
-        if isinstance(config, DebertaConfig):
-            most = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
-            encode, read = _of_prefix_tokens(config, words, most, dtype)
-        else:
-            assert isinstance(config, EncoderConfig)
-            most = config.max_positions
-            encode, read = _of_response_mean(config, words, most, dtype)
-    except ValueError as error:
-        raise ValueError(f"config.erm.trunk={source}: {error}") from error
+    tokenizer.check(words, config.vocab_size)
+    if isinstance(config, DebertaConfig):
+        most = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
+        encode, read = _of_prefix_tokens(config, words, most, dtype)
+    else:
+        assert isinstance(config, EncoderConfig)
+        most = config.max_positions
+        encode, read = _of_response_mean(config, words, most, dtype)
     params = partition.put(loaded.params, hf.abstract(config), dtype)
 
     @jax.jit
@@ -112,17 +109,17 @@ def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Fe
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
         rows = [row for pair in zip(batch["prompt"], texts, strict=True) for row in encode(*pair)]
-        order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-        parts = []
-        for start in range(0, len(rows), batch_size):
-            some = [rows[i] for i in order[start : start + batch_size]]
-            length = min(-(-len(some[-1][0]) // BUCKET) * BUCKET, most)
-            tokens = np.full((batch_size, length), words.pad_id, np.int32)
-            valid, marks = np.zeros((batch_size, length), bool), np.zeros((batch_size, 2), np.int32)
-            for row, (ids, own) in enumerate(some):
-                tokens[row, : len(ids)], valid[row, : len(ids)], marks[row] = ids, True, own
+        sequences, places = [ids for ids, _ in rows], np.array([marks for _, marks in rows], np.int32)
+        parts, order = [], []
+        for some, tokens, valid in batching.by_length(
+            sequences, batch_size=batch_size, bucket=BUCKET, pad_id=words.pad_id, longest=most
+        ):
+            marks = np.zeros((batch_size, 2), np.int32)
+            marks[: len(some)] = places[some]
             parts.append(features(params, tokens, valid, marks))
-        return jnp.concatenate(parts)[np.argsort(order)].reshape(len(texts), -1, parts[0].shape[-1])
+            order.append(some)
+        back = np.argsort(np.concatenate(order))
+        return jnp.concatenate(parts)[back].reshape(len(texts), -1, parts[0].shape[-1])
 
     return featurize
 
@@ -142,7 +139,7 @@ def trunk_width(source: str) -> int:
         case DebertaConfig(d_model=d):
             return 2 * d
         case _:
-            raise ValueError(f"config.erm.trunk={source}: expected a BERT or DeBERTa-v2/v3 encoder, found a decoder")
+            raise ValueError("expected a BERT or DeBERTa-v2/v3 encoder, found a decoder")
 
 
 def _of_response_mean(config: EncoderConfig, words: Tokenizer, most: int, dtype: Any) -> tuple[_Encode, _Read]:

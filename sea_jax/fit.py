@@ -24,8 +24,8 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sea_jax import batching, console, ensemble, experience, features, generation, learner, policies, sharding, wiring
 from sea_jax import config as configuration
-from sea_jax import console, ensemble, experience, features, generation, learner, sharding, wiring
 from sea_jax.models import deberta, decoder, encoder, hf, partition, published, reward
 from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig, from_hf
 from sea_jax.models.parameters import Params
@@ -201,12 +201,11 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     Raises:
       ValueError: a model is not what its field wants, or the mesh does not divide something.
     """
-    model = _named("policy.source", config.policy.source, describe)
-    if not isinstance(model, ModelConfig):
-        raise ValueError(f"config.policy.source={config.policy.source}: expected a decoder")
+    with configuration.naming("policy.source", config.policy.source):
+        model = policies.check(describe(config.policy.source))
     wiring.check_mesh(config, mesh, model, describe)
     platform = mesh.devices.flat[0].platform
-    cut = wiring.divide(model, config.policy.train_last_layers, config.erm.feature_layer)
+    cut = policies.divide(model, config.policy.train_last_layers, config.erm.feature_layer)
     frozen_specs, trained_specs = learner.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
     trained = partition.abstract(trained_specs)
     frozen, reference = (partition.abstract(part, config.policy.dtype) for part in (frozen_specs, trained_specs))
@@ -220,7 +219,7 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
 
     # ------------------------------------------------------------------------------------------------------------- Policy
     data, sampling = config.data, config.sampling
-    bucketed = -(-data.max_prompt_tokens // data.bucket) * data.bucket
+    bucketed = batching.rounded(data.max_prompt_tokens, data.bucket)
 
     def shape(dtype: Any, *sizes: int) -> Any:
         return whole(jax.ShapeDtypeStruct(sizes, dtype), mesh)
@@ -270,12 +269,11 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     # ------------------------------------------------------------------------------------------------------------ ERM
     width = model.d_model
     if config.erm.trunk:
-        trunk = _named("erm.trunk", config.erm.trunk, describe)
-        held["ERM trunk"], step, width = trunk_step(trunk, config.erm, shape)
+        with configuration.naming("erm.trunk", config.erm.trunk):
+            held["ERM trunk"], step, width = trunk_step(describe(config.erm.trunk), config.erm, shape)
         steps.append(compiled("features", step, platform))
     erm = wiring.ensemble_config(config.erm)
-    capacity = max(min(config.erm.replay_capacity, config.max_queries), data.batch_size)
-    replay = jax.eval_shape(functools.partial(experience.empty_replay, capacity, width))
+    replay = jax.eval_shape(functools.partial(experience.empty_replay, wiring.replay_capacity(config), width))
     replay = partition.abstract_batches(replay)
     heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), mesh)
     held["ERM heads and replay"] = bytes_per_device(heads) + bytes_per_device(replay)
@@ -284,7 +282,8 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
 
     # --------------------------------------------------------------------------------------------------------- Oracle
     if config.oracle.kind == "reward_model":
-        judge = _named("oracle.reward_model", config.oracle.reward_model, lambda name: reward.check(describe(name)))
+        with configuration.naming("oracle.reward_model", config.oracle.reward_model):
+            judge = reward.check(describe(config.oracle.reward_model))
         params = partition.abstract(decoder.abstract(judge), config.oracle.dtype)
         held["reward model"] = bytes_per_device(params)
         score = jax.jit(functools.partial(reward.apply, config=judge, dtype=config.oracle.dtype))
@@ -326,7 +325,7 @@ def trunk_step(
     elif isinstance(trunk, EncoderConfig):
         apply, width, longest = encoder.apply, trunk.d_model, trunk.max_positions
     else:
-        raise ValueError(f"config.erm.trunk={config.trunk}: expected an encoder, found a decoder")
+        raise ValueError("expected an encoder, found a decoder")
     size = (config.trunk_batch_size, longest)
     step = jax.jit(lambda params, *inputs: apply(params, trunk, *partition.batches(inputs), dtype=config.trunk_dtype))
     return bytes_per_device(params), lambda: step.lower(params, shape(jnp.int32, *size), shape(jnp.bool_, *size)), width
@@ -356,14 +355,6 @@ def table(held: Mapping[str, int], steps: Sequence[Step], memories: Mapping[str,
         for name, size in memories.items()
     ]
     return "\n".join(lines)
-
-
-def _named(field: str, source: str, read: Callable[[str], Any]) -> Any:
-    """Reads a configuration; an error names the field that the source stands in."""
-    try:
-        return read(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config.{field}={source}: {error}") from error
 
 
 def _gb(size: int) -> str:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
 
-from sea_jax import tokenizer
+from sea_jax import batching, tokenizer
 from sea_jax.models import decoder, encoder, hf, partition
 from sea_jax.models import reward as reward_models
-from sea_jax.models.config import EncoderConfig
+from sea_jax.models.config import EncoderConfig, ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Judgement, Oracle, Preference
 
@@ -42,9 +42,9 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
     """
     loaded = hf.load(source)
     if not isinstance(loaded.config, EncoderConfig):
-        raise ValueError(f"config.oracle.encoder={source}: expected a BERT encoder, found a {loaded.config.family}")
+        raise ValueError(f"expected a BERT encoder, found a {loaded.config.family}")
     config, words = loaded.config, tokenizer.load(loaded.directory)
-    params = jax.device_put(loaded.params)
+    params, most = jax.device_put(loaded.params), config.max_positions
 
     @jax.jit
     def embed(tokens: Array, valid: Array) -> Array:
@@ -52,17 +52,12 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
         return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 
     def apply(texts: Sequence[str]) -> np.ndarray:
-        ids = [words.encode(text, max_length=config.max_positions) for text in texts]
-        order = np.argsort([len(i) for i in ids], kind="stable")
+        ids = [words.encode(text, max_length=most) for text in texts]
         result = np.zeros((len(ids), config.d_model), np.float32)
-        for start in range(0, len(ids), ENCODER_BATCH):
-            rows = order[start : start + ENCODER_BATCH]
-            length = min(-(-max(len(ids[r]) for r in rows) // ENCODER_BUCKET) * ENCODER_BUCKET, config.max_positions)
-            tokens = np.full((ENCODER_BATCH, length), words.pad_id, np.int32)
-            valid = np.zeros((ENCODER_BATCH, length), bool)
+        for rows, tokens, valid in batching.by_length(
+            ids, batch_size=ENCODER_BATCH, bucket=ENCODER_BUCKET, pad_id=words.pad_id, longest=most
+        ):
             valid[:, 0] = True  # rows that hold no text still divide by one token
-            for row, r in enumerate(rows):
-                tokens[row, : len(ids[r])], valid[row, : len(ids[r])] = ids[r], True
             result[rows] = np.asarray(embed(tokens, valid))[: len(rows)]
         return result
 
@@ -138,28 +133,18 @@ def reward_model(source: str, *, dtype: str, batch_size: int, max_tokens: int) -
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
-    try:
-        config = reward_models.check(hf.read_config(source))
-        loaded = hf.load(source)
-        words = tokenizer.load(loaded.directory)
-        tokenizer.check(words, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"config.oracle.reward_model={source}: {error}") from error
-    params = partition.put(loaded.params, decoder.abstract(config), dtype)
-    encode = conversation_encoder(loaded.directory, words, max_tokens)
+    directory = hf.locate(source)
+    config, words = _read(directory)
+    params = partition.put(hf.load(directory).params, decoder.abstract(config), dtype)
+    encode = conversation_encoder(directory, words, max_tokens)
     score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        order = np.argsort([len(i) for i in ids], kind="stable")
         result = np.zeros(len(ids), np.float64)
-        for start in range(0, len(ids), batch_size):
-            rows = order[start : start + batch_size]
-            length = -(-len(ids[rows[-1]]) // REWARD_BUCKET) * REWARD_BUCKET
-            tokens = np.full((batch_size, length), words.pad_id, np.int32)
-            valid = np.zeros((batch_size, length), bool)
-            for row, r in enumerate(rows):
-                tokens[row, length - len(ids[r]) :], valid[row, length - len(ids[r]) :] = ids[r], True
+        for rows, tokens, valid in batching.by_length(
+            ids, batch_size=batch_size, bucket=REWARD_BUCKET, pad_id=words.pad_id, left=True
+        ):
             result[rows] = np.asarray(score(params, tokens=tokens, valid=valid))[: len(rows)]
         return result
 
@@ -181,12 +166,7 @@ def remote_reward(score: Callable[[list[list[int]]], np.ndarray], source: str, m
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source, weights=False)
-    try:
-        config = reward_models.check(hf.read_config(directory))
-        words = tokenizer.load(directory)
-        tokenizer.check(words, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"config.oracle.reward_model={source}: {error}") from error
+    _, words = _read(directory)
     encode = conversation_encoder(directory, words, max_tokens)
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
@@ -197,6 +177,13 @@ def remote_reward(score: Callable[[list[list[int]]], np.ndarray], source: str, m
         return scores
 
     return apply
+
+
+def _read(directory: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Reads what a reward model is, and its tokenizer, which must fit it."""
+    config, words = reward_models.check(hf.read_config(directory)), tokenizer.load(directory)
+    tokenizer.check(words, config.vocab_size)
+    return config, words
 
 
 def _conversation(words: Tokenizer, prompt: str, response: str) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from sea_jax import cache, console, data, learner, metrics, wiring
+from sea_jax import cache, console, data, learner, metrics, policies, wiring
 from sea_jax import config as configuration
 from sea_jax.data import Rendered
 from sea_jax.learner import Learner, LearnerConfig
@@ -158,7 +158,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
       NotFiniteError: the loss is not finite.
     """
     begin = time.perf_counter()
-    policy = wiring.policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
+    policy = policies.load(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
     train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     limit, words = config.max_response_tokens, policy.tokenizer
     batches = functools.partial(
@@ -189,7 +189,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
             metrics.check_finite({"train/loss": float(value)}, step, None)
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
-    wiring.export(policy, state.trained, output)
+    policies.export(policy, state.trained, output)
     (output / RECIPE).write_text(config.to_json() + "\n")
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "

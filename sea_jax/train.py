@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from sea_jax import (
     ensemble,
     evaluation,
     experience,
+    files,
     learner,
     metrics,
     processes,
@@ -113,8 +113,10 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         )
 
         # ---------------------------------------------------------------------------------------------------------- Resume
-        restored = checkpoint.restore(checkpoints, checkpoint.abstract(initial()))
-        state = initial() if restored is None else restored[1]  # never both at once: the devices may not have room
+        restored = None
+        if checkpoints.latest is not None:  # two states are never there at once: the devices may not have room
+            restored = checkpoint.restore(checkpoints, checkpoint.abstract(initial()))
+        state = initial() if restored is None else restored[1]
         if restored is not None:
             logging.info("going on from the checkpoint of step %d, %d queries paid for", state.step, state.queries)
 
@@ -130,7 +132,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
             for sample in evaluation.samples(heldout, now, probability, state.step):
                 writer.sample(sample)
             if config.eval.against_references:
-                row |= evaluation.against_references(heldout, now, "rm")
+                row |= evaluation.measure_against_references(heldout, now, "rm")
             if state.queries >= config.max_queries and config.eval.best_of_n:
                 row |= evaluation.measure(heldout, heldout.best_of_n(trained, state.ensemble, version), "bon")[0]
             initial_length = float(heldout.initial.lengths.mean())
@@ -226,12 +228,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
       config: this run's configuration.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / "config.json.tmp"
-    with unfinished.open("w") as file:
-        file.write(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(workdir / "config.json")
+    files.write_whole(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
 def open_ledger(path: Path) -> experience.Ledger:

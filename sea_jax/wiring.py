@@ -24,15 +24,15 @@ from sea_jax import (
     learner,
     losses,
     oracles,
+    policies,
     processes,
     responses,
     sampling,
     sharding,
-    tokenizer,
 )
 from sea_jax import agent as sea
 from sea_jax.actors import Generate, Respond
-from sea_jax.config import addresses, user_function
+from sea_jax.config import addresses, naming, user_function
 from sea_jax.data import Rendered
 from sea_jax.ensemble import Ensemble, EnsembleConfig
 from sea_jax.evaluation import Evaluation, Responses
@@ -40,146 +40,9 @@ from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
 from sea_jax.models import decoder, hf, partition, reward
 from sea_jax.models.config import Config, ModelConfig
+from sea_jax.policies import Policy
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Candidates, DuelRule, Oracle, PairLogps, Params, PolicyServers, Preference, Prompts
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A loaded decoder, divided for training.
-
-    Attributes:
-      config: ModelConfig.
-      tokenizer: Tokenizer.
-      directory: where both were read.
-      frozen: the part of the parameters that is not trained; matrices in the compute dtype.
-      reference: the trained part as it was loaded, pi_ref; matrices in the compute dtype.
-      initial: the same on the host in float32, where training starts.
-      feature_stack: features stand behind this many stacks of layers; None: behind the last norm.
-      features_are_frozen: no layer up to the features is trained.
-    """
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    directory: Path
-    frozen: Params
-    reference: Params
-    initial: Params
-    feature_stack: int | None
-    features_are_frozen: bool
-
-
-def policy(source: str, train_last_layers: int, feature_layer: int = 0, dtype: str = "float32") -> Policy:
-    """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
-
-    Args:
-      source: anything that `hf.load` takes.
-      train_last_layers: n; 0 trains everything.
-      feature_layer: behind so many layers; 0: behind the last norm.
-      dtype: compute dtype.
-
-    Returns:
-      Policy.
-
-    Raises:
-      ValueError: more layers are named than there are, the source is no decoder, or its tokenizer does not fit it.
-    """
-    if source.startswith(cache.PREFIX):
-        directory = cache.resolve(source)
-        if not directory.exists():
-            raise ValueError(
-                f"config.policy.source={source}: there is no {directory}; make it first with "
-                "`python -m sea_jax.sft --config=...` of the config whose output it is"
-            )
-        source = str(directory)
-    loaded = hf.load(source)
-    config = loaded.config
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"config.policy.source={source}: expected a decoder, found an encoder")
-    if config.scalar_head:
-        raise ValueError(f"config.policy.source={source}: expected a language model, found a reward model")
-    for field, value in (("policy.train_last_layers", train_last_layers), ("erm.feature_layer", feature_layer)):
-        if value > config.num_layers:
-            raise ValueError(f"config.{field}={value}: the model has {config.num_layers} layers")
-    words = tokenizer.load(loaded.directory)
-    tokenizer.check(words, config.vocab_size)
-    division = divide(config, train_last_layers, feature_layer)
-    params = decoder.recut(loaded.params, division.cuts)
-    frozen, trained = learner.divide(params, division.num_trained_stacks)
-
-    def placed(part: Params) -> Params:
-        return partition.put(part, decoder.specs(config, part), dtype)
-
-    return Policy(
-        config=config,
-        tokenizer=words,
-        directory=loaded.directory,
-        frozen=placed(frozen),
-        reference=placed(trained),
-        initial=trained,
-        feature_stack=division.feature_stack,
-        features_are_frozen=division.features_are_frozen,
-    )
-
-
-@dataclass(frozen=True)
-class Division:
-    """Where a decoder's layers are cut.
-
-    Attributes:
-      cuts: layer numbers, see `decoder.abstract`.
-      num_trained_stacks: the last so many stacks are trained; None: everything is.
-      feature_stack: features stand behind so many stacks; None: behind the last norm.
-      features_are_frozen: no layer up to the features is trained.
-    """
-
-    cuts: tuple[int, ...]
-    num_trained_stacks: int | None
-    feature_stack: int | None
-    features_are_frozen: bool
-
-
-def divide(config: ModelConfig, train_last_layers: int, feature_layer: int) -> Division:
-    """Cuts a decoder's layers where training begins and where features are read.
-
-    Args:
-      config: ModelConfig.
-      train_last_layers: n; 0 trains everything.
-      feature_layer: behind so many layers; 0: behind the last norm.
-
-    Returns:
-      Division.
-    """
-    first_trained = config.num_layers - train_last_layers if train_last_layers else 0
-    cuts = tuple(sorted({first_trained, feature_layer} - {0, config.num_layers}))
-    bounds = (*cuts, config.num_layers)
-    inner_feature = 0 < feature_layer < config.num_layers
-    return Division(
-        cuts=cuts,
-        num_trained_stacks=sum(bound > first_trained for bound in bounds) if train_last_layers else None,
-        feature_stack=bounds.index(feature_layer) + 1 if inner_feature else None,
-        features_are_frozen=inner_feature and feature_layer <= first_trained,
-    )
-
-
-def export(loaded: Policy, trained: Params, directory: Path) -> None:
-    """Writes a trained policy as a Hugging Face directory.
-
-    Args:
-      loaded: Policy.
-      trained: the trained part of the parameters.
-      directory: where to; must not exist yet, or be empty.
-    """
-    trained = processes.fetch(trained)
-    if not processes.is_first():
-        return
-    frozen: Params = {"stacks": ()}
-    if loaded.frozen["stacks"] or len(loaded.frozen) > 1:  # from its file: here it may be in a narrower dtype
-        whole = hf.load(loaded.directory).params
-        sizes = [len(stack["q"]["kernel"]) for stack in (*loaded.frozen["stacks"], *trained["stacks"])]
-        cuts = np.cumsum(sizes)[:-1].tolist()
-        frozen, _ = learner.divide(decoder.recut(whole, cuts), len(trained["stacks"]))
-    hf.save(directory, loaded.config, learner.join(frozen, trained), loaded.directory)
 
 
 def prompts(
@@ -276,7 +139,8 @@ def featurize(
       Featurize.
     """
     if config.trunk:
-        return features.of_trunk(config.trunk, dtype=config.trunk_dtype, batch_size=config.trunk_batch_size)
+        with naming("erm.trunk", config.trunk):
+            return features.of_trunk(config.trunk, dtype=config.trunk_dtype, batch_size=config.trunk_batch_size)
     if loaded.features_are_frozen and actor == "in_process":
         return features.from_sampler
     return features.of_reference(learner.join(loaded.frozen, loaded.reference), loaded.config, how)
@@ -292,7 +156,10 @@ def num_features(config: ml_collections.ConfigDict, loaded: Policy) -> int:
     Returns:
       The hidden size of whatever is read.
     """
-    return features.trunk_width(config.trunk) if config.trunk else loaded.config.d_model
+    if not config.trunk:
+        return loaded.config.d_model
+    with naming("erm.trunk", config.trunk):
+        return features.trunk_width(config.trunk)
 
 
 def policy_servers(config: ml_collections.ConfigDict, token_file: str) -> PolicyServers:
@@ -342,16 +209,19 @@ def preference(config: ml_collections.ConfigDict, token_file: str = "") -> Prefe
       Preference.
     """
     if config.kind == "embedding":
-        return oracles.by_reward(oracles.embedding_similarity(config.encoder), config.scale)
+        with naming("oracle.encoder", config.encoder):
+            return oracles.by_reward(oracles.embedding_similarity(config.encoder), config.scale)
     if config.kind == "reward_model":
-        reward = oracles.reward_model(
-            config.reward_model, dtype=config.dtype, batch_size=config.batch_size, max_tokens=config.max_tokens
-        )
-        return oracles.by_reward(reward, config.scale)
+        with naming("oracle.reward_model", config.reward_model):
+            scores = oracles.reward_model(
+                config.reward_model, dtype=config.dtype, batch_size=config.batch_size, max_tokens=config.max_tokens
+            )
+        return oracles.by_reward(scores, config.scale)
     if config.kind == "remote":
-        scores = remote_scores(config, token_file)
-        reward = oracles.remote_reward(scores, config.reward_model, config.max_tokens)
-        return processes.asked_by_first(oracles.by_reward(reward, config.scale))
+        served = remote_scores(config, token_file)
+        with naming("oracle.reward_model", config.reward_model):
+            scores = oracles.remote_reward(served, config.reward_model, config.max_tokens)
+        return processes.asked_by_first(oracles.by_reward(scores, config.scale))
     return processes.asked_by_first(user_function(config.kind, "oracle.kind"))
 
 
@@ -467,7 +337,7 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) 
       ValueError: a field or file does not fit.
     """
     records = read_sources(config)
-    loaded = policy(
+    loaded = policies.load(
         config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, config.policy.dtype
     )
     check_mesh(config, mesh, loaded.config, training=training)
@@ -561,10 +431,8 @@ def check_mesh(
         batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
     if config.oracle.kind == "reward_model":
         batch_sizes["oracle.batch_size"] = config.oracle.batch_size
-        try:
+        with naming("oracle.reward_model", config.oracle.reward_model):
             models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
-        except ValueError as error:
-            raise ValueError(f"config.oracle.reward_model={config.oracle.reward_model}: {error}") from error
     sharding.check(mesh, batch_sizes, models)
 
 
@@ -580,6 +448,15 @@ def ensemble_config(config: ml_collections.ConfigDict) -> EnsembleConfig:
     return EnsembleConfig(**{name: config[name] for name in EnsembleConfig.__dataclass_fields__})
 
 
+def replay_capacity(config: ml_collections.ConfigDict) -> int:
+    """Returns how many duels the replay holds: never more than the run pays for, and always a batch.
+
+    Args:
+      config: a whole configuration.
+    """
+    return max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
+
+
 def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps: int) -> sea.State:
     """Returns the state of a run before its first step.
 
@@ -592,7 +469,6 @@ def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps:
       State.
     """
     model, initial = loaded.policy.config, loaded.policy.initial
-    capacity = max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     return sea.State(
         learner=learner.init(
@@ -600,7 +476,7 @@ def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps:
             learner_config(config.learner, config.policy.dtype, total_steps),
         ),
         ensemble=ensemble.init(ensemble_config(config.erm), loaded.num_features, key),
-        replay=experience.empty_replay(capacity, loaded.num_features),
+        replay=experience.empty_replay(replay_capacity(config), loaded.num_features),
         step=0,
         queries=0,
         batches=0,

@@ -13,7 +13,7 @@ from benchmarks import agreement, machine, step, work
 from benchmarks.inputs import Inputs, Settings
 from benchmarks.jax_step import JaxStep
 from benchmarks.torch_step import TorchStep
-from sea_jax import tiny_random, wiring
+from sea_jax import policies, tiny_random
 from sea_jax.data import Rendered
 from sea_jax.models import encoder, hf
 from sea_jax.models.config import EncoderConfig, ModelConfig
@@ -57,7 +57,7 @@ class Small(NamedTuple):
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     directory = tmp_path_factory.mktemp("models")
     tiny_random.write(directory / "policy", "tiny-random-llama")
-    policy = wiring.policy(str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer)
+    policy = policies.load(str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer)
     config = EncoderConfig(
         family="bert",
         vocab_size=policy.config.vocab_size,

@@ -79,7 +79,7 @@ def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: P
         assert row["response_over_initial"] == sample["win_probability"]
         against_reference = arbitrary([row["prompt"]], [row["best_of_n"]], [row["reference"]])
         assert row["best_of_n_over_reference"] == against_reference[0]
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.unfinished"))
 
 
 def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(run: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_an_over_long_prompt_loses_its_beginning_and_the_response_stays_whole(tr
 
 def test_a_decoder_is_refused_as_a_trunk() -> None:
     for refuses in (features.of_trunk, features.trunk_width):
-        with pytest.raises(ValueError, match=r"config.erm.trunk=builtin:tiny-random-llama: expected a BERT or DeBERTa"):
+        with pytest.raises(ValueError, match=r"expected a BERT or DeBERTa"):
             refuses("builtin:tiny-random-llama")
 
 
@@ -151,6 +151,6 @@ def test_a_deberta_without_the_tokens_of_a_pair_ranker_is_refused(pair_ranker: P
     shutil.copytree(pair_ranker, tmp_path / "trunk")
     file = tmp_path / "trunk" / "tokenizer.json"
     file.write_text(file.read_text().replace("<|candidate|>", "<|other|>"))
-    message = r"config.erm.trunk=.*its tokenizer has no token <\|candidate\|>; a DeBERTa trunk needs both"
+    message = r"its tokenizer has no token <\|candidate\|>; a DeBERTa trunk needs both"
     with pytest.raises(ValueError, match=message):
         features.of_trunk(str(tmp_path / "trunk"))

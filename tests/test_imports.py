@@ -14,10 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file may import from its own layer and from those above it in this list, never from those below.
 LAYERS = [
     {"types"},
-    {"models", "losses", "ensemble", "sampling", "logprobs", "experience", "metrics"}
-    | {"tokenizer", "builtin", "tiny_random", "cache", "docstrings", "sources"},
+    {"batching", "models", "losses", "ensemble", "sampling", "logprobs", "experience", "metrics"}
+    | {"tokenizer", "builtin", "tiny_random", "cache", "docstrings", "files", "sources"},
     {"generation", "learner", "oracles", "actors", "data", "features", "labelling"}
-    | {"checkpoint", "config", "console", "interrupts", "processes", "report", "responses", "sharding"},
+    | {"checkpoint", "config", "console", "interrupts", "policies", "processes", "report", "responses", "sharding"},
     {"agent", "evaluation"},
     {"wiring", "train", "evaluate", "sft", "fit"},
 ]

@@ -237,7 +237,7 @@ def test_similarity_is_the_cosine_of_prompt_and_response(directory, embed):
 
 def test_a_decoder_is_no_encoder(tmp_path):
     hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
-    with pytest.raises(ValueError, match=r"config\.oracle\.encoder=.*expected a BERT encoder, found a llama"):
+    with pytest.raises(ValueError, match=r"expected a BERT encoder, found a llama"):
         oracles.embed_texts(str(tmp_path / "decoder"))
 
 
@@ -343,15 +343,15 @@ def test_without_a_template_prompt_and_response_are_one_text(tmp_path):
 
 def test_what_is_no_reward_model_is_refused(directory, tmp_path):
     how: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "max_tokens": 64}
-    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*expected a reward model.*found an encoder"):
+    with pytest.raises(ValueError, match=r"expected a reward model.*found an encoder"):
         oracles.reward_model(str(directory), **how)
     hf.save(tmp_path / "decoder", tiny.CONFIG, tiny.params())
-    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*found a decoder with an unembedding"):
+    with pytest.raises(ValueError, match=r"found a decoder with an unembedding"):
         oracles.reward_model(str(tmp_path / "decoder"), **how)
-    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*found a decoder with an unembedding"):
+    with pytest.raises(ValueError, match=r"found a decoder with an unembedding"):
         oracles.remote_reward(lambda inputs: np.zeros(len(inputs)), str(tmp_path / "decoder"), max_tokens=64)
     config = tmp_path / "decoder" / "config.json"
     named = {"architectures": ["LlamaForSequenceClassification"]}
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
-    with pytest.raises(ValueError, match=r"config\.oracle\.reward_model=.*SequenceClassification with 2 labels"):
+    with pytest.raises(ValueError, match=r"SequenceClassification with 2 labels"):
         oracles.reward_model(str(tmp_path / "decoder"), **how)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, config, console, learner, sft, wiring
+from sea_jax import cache, config, console, learner, policies, sft
 from sea_jax.learner import LearnerConfig
 from sea_jax.types import Prompts
 
@@ -53,8 +53,8 @@ def test_it_learns_and_writes_a_policy_that_loads(
     run_main(settings, monkeypatch)
     before, after = (float(number) for number in capsys.readouterr().out.split(" nats")[0].split()[-3::2])
     assert after < before - 0.5
-    loaded = wiring.policy(str(tmp_path / "policy"), train_last_layers=1)
-    source = wiring.policy("builtin:tiny-random-llama", train_last_layers=1)
+    loaded = policies.load(str(tmp_path / "policy"), train_last_layers=1)
+    source = policies.load("builtin:tiny-random-llama", train_last_layers=1)
     np.testing.assert_array_equal(loaded.frozen["embed"], source.frozen["embed"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), loaded.reference, source.reference)
     assert all(jax.tree.leaves(changed))
@@ -79,7 +79,7 @@ def test_another_recipe_replaces_the_policy_but_never_a_foreign_directory(
 
 
 def test_the_loss_is_the_mean_over_reference_tokens() -> None:
-    policy = wiring.policy("builtin:tiny-random-llama", train_last_layers=1)
+    policy = policies.load("builtin:tiny-random-llama", train_last_layers=1)
     prompts = Prompts(jnp.array([[5, 6, 7], [0, 9, 9]]), jnp.array([[True] * 3, [False, True, True]]))
     tokens, lengths = jnp.array([[[8, 9, 0, 0]], [[3, 4, 5, 0]]]), jnp.array([[3], [4]])
     learner_config = LearnerConfig(microbatch_size=2)

@@ -1,0 +1,39 @@
+"""What is refused on the way from a configuration to the parts of a run names its field."""
+
+import pytest
+
+from sea_jax import config as configuration
+from sea_jax import policies, tiny_random, wiring
+
+LLAMA = "builtin:tiny-random-llama"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "message"),
+    [
+        ("embedding", "encoder", "expected a BERT encoder, found a llama"),
+        ("reward_model", "reward_model", "expected a reward model.*found a decoder with an unembedding"),
+    ],
+)
+def test_an_oracle_of_the_wrong_kind(kind, field, message):
+    config = configuration.default().oracle
+    config.kind = kind
+    config[field] = LLAMA
+    with pytest.raises(ValueError, match=rf"config\.oracle\.{field}={LLAMA}: {message}"):
+        wiring.preference(config)
+
+
+def test_a_decoder_as_a_trunk():
+    config = configuration.default().erm
+    config.trunk = LLAMA
+    with pytest.raises(ValueError, match=rf"config\.erm\.trunk={LLAMA}: expected a BERT or DeBERTa"):
+        wiring.num_features(config, policies.load(LLAMA, train_last_layers=0))
+
+
+def test_policies_of_the_wrong_kind(tmp_path):
+    for kind, message in (("tiny-random-deberta", "found an encoder"), ("tiny-random-llama-reward", "found a reward model")):
+        tiny_random.write(tmp_path / kind, kind)
+        with pytest.raises(ValueError, match=rf"config\.policy\.source={tmp_path / kind}: .*{message}"):
+            policies.load(str(tmp_path / kind), train_last_layers=0)
+    with pytest.raises(ValueError, match=r"config\.policy\.source=cache:nobody-made-it: there is no .*sea_jax\.sft"):
+        policies.load("cache:nobody-made-it", train_last_layers=0)
