@@ -10,17 +10,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sea_jax import processes
 from sea_jax.experience import LedgerError
 from sea_jax.metrics import NotFiniteError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
-
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several processes: HOST:PORT of the first, or auto where the cluster (Slurm, TPU, ...) tells."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator=HOST:PORT: how many there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.")
 
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", True, "On GPUs: the same numbers every time, without which a stopped run may not go on."
@@ -56,24 +49,13 @@ def run(job: Callable[[], None], required: str = "config") -> None:
 
 
 def prepare_devices() -> None:
-    """Asks for reproducible kernels, and joins the processes of a run that the flags speak of.
+    """Asks for reproducible kernels, unless a flag says otherwise; before JAX is used.
 
     A run that goes on from a checkpoint must come past the same texts, or the labels that were paid for would belong to others:
     sums in an order that changes from one time to the next, as GPUs take them for speed, would tell other tokens apart.
-
-    Raises:
-      ValueError: the flags do not name all that is needed.
     """
     if DETERMINISTIC.value and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    if not COORDINATOR.value:
-        return
-    if COORDINATOR.value == "auto":
-        processes.join()
-        return
-    if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
-        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id too")
-    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
 
 
 def parse(arguments: Sequence[str]) -> Sequence[str]:

@@ -31,10 +31,10 @@ from sea_jax import config as configuration
 from sea_jax.actors import Generate
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.metrics import Interval
-from sea_jax.train import WORKDIR
+from sea_jax.train import WORKDIR, join_processes
 from sea_jax.types import Array, Candidates, Params, Prompts
 
-for shared in ("workdir", "coordinator", "num_processes", "process_id"):
+for shared in ("workdir", "coordinator", "num_processes", "process_id", "deterministic"):
     flags.declare_key_flag(shared)  # so that --help shows them
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
 BEST_OF = flags.DEFINE_integer(
@@ -439,6 +439,7 @@ def main() -> None:
         raise ValueError("--config: the configuration is the work directory's config.json; leave it out")
     cache.keep_compiled_programs()
     console.prepare_devices()
+    join_processes()
     evaluate(
         Path(str(WORKDIR.value)),
         step=CHECKPOINT.value,

@@ -31,7 +31,7 @@ from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelCon
 from sea_jax.models.parameters import Params
 from sea_jax.types import PreferenceBatch, Prompts
 
-flags.adopt_module_key_flags(console)
+flags.declare_key_flag(console.CONFIG.name)  # the rest of its flags is for those who compute
 DEVICES = flags.DEFINE_integer("devices", 8, "How many devices; of a TPU, its topology says.", lower_bound=1)
 TARGET = flags.DEFINE_string(
     "target", "cpu", "Compile for cpu, h100, or a TPU by its topology, such as v5p:2x2x2 or v6e:2x4."

@@ -202,6 +202,7 @@ def main() -> None:
     config = console.CONFIG.value
     configuration.validate(config)
     cache.keep_compiled_programs()
+    console.prepare_devices()
     output = cache.resolve(config.output)
     recipe = output / RECIPE
     if recipe.exists() and json.loads(recipe.read_text()) == json.loads(config.to_json()):

@@ -37,6 +37,11 @@ flags.adopt_module_key_flags(console)  # so that --help shows --config
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory for everything the run writes; train: default runs/NAME-seedSEED."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT of the first, or auto where the cluster (Slurm, TPU, ...) tells."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator=HOST:PORT: how many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.")
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -299,11 +304,28 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
     return {shown[name]: row[name] for name in shown if name in row}
 
 
+def join_processes() -> None:
+    """Joins the processes of a run that the flags speak of.
+
+    Raises:
+      ValueError: the flags do not name all that is needed.
+    """
+    if not COORDINATOR.value:
+        return
+    if COORDINATOR.value == "auto":
+        processes.join()
+        return
+    if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
+        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id too")
+    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
 def main() -> None:
     """Reads the flags and trains."""
     config = console.CONFIG.value
     cache.keep_compiled_programs()
     console.prepare_devices()
+    join_processes()
     train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 
 

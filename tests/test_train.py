@@ -260,6 +260,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_spent(
         ("--config.loss.beta=abc", "could not convert string to float: 'abc'"),
         ("--config.max_queries=-3", "config.max_queries=-3: must be 1 or more"),
         ("stray", "unexpected arguments ['stray']"),
+        ("--coordinator=localhost:1", "needs --num_processes and --process_id too"),
     ],
 )
 def test_the_command_line_answers_a_typo_with_one_error_and_no_traceback(flag: str, message: str) -> None:

@@ -31,7 +31,10 @@ def test_a_decoder_as_a_trunk():
 
 
 def test_policies_of_the_wrong_kind(tmp_path):
-    for kind, message in (("tiny-random-deberta", "found an encoder"), ("tiny-random-llama-reward", "found a reward model")):
+    for kind, message in (
+        ("tiny-random-deberta", "found an encoder"),
+        ("tiny-random-llama-reward", "found a reward model"),
+    ):
         tiny_random.write(tmp_path / kind, kind)
         with pytest.raises(ValueError, match=rf"config\.policy\.source={tmp_path / kind}: .*{message}"):
             policies.load(str(tmp_path / kind), train_last_layers=0)
