@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import getpass
 import hashlib
 import importlib.metadata
 import json
@@ -57,7 +58,7 @@ class Backend(Protocol):
     """A model that is served in a process of its own."""
 
     async def start(self) -> None:
-        """Returns when requests are answered; raises EngineFailed."""
+        """Returns when requests are answered; raises EngineFailed, RequestRefused or OSError."""
 
     async def ended(self) -> str:
         """Returns when the process has ended by itself, with one line on how."""
@@ -147,7 +148,7 @@ class _Process:
         """Starts a command and waits until it answers.
 
         Args:
-          directory: private, of sockets; removed behind the end.
+          directory: private, of sockets and temporary files; removed behind the end.
           command: program and arguments.
           variables: put into the environment.
           client: how to talk to it.
@@ -155,12 +156,14 @@ class _Process:
 
         Raises:
           EngineFailed: it ended, or does not answer in time.
+          OSError: it cannot be run.
         """
         kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         environment = {
             **kept,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(directory),  # what is left there goes with it
             **variables,
         }
         if self.config.threads:
@@ -234,6 +237,24 @@ class _Process:
 _NOT_INHERITED = (protocol.TOKEN_VARIABLE, "VLLM_ALLOW_INSECURE_SERIALIZATION")
 
 
+def connect(base_url: str, uds: Path | None = None) -> httpx2.AsyncClient:
+    """Makes what talks to an engine, on a new connection for each request.
+
+    A connection that was idle for some seconds may be closed by the engine just when a request is sent on it, which looks as
+    if the engine had died.
+
+    Args:
+      base_url: begins every request's.
+      uds: the Unix socket where the engine listens; None: at the URL's host and port.
+
+    Returns:
+      The client.
+    """
+    limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=0)
+    transport = httpx2.AsyncHTTPTransport(limits=limits, uds=None if uds is None else str(uds), trust_env=False)
+    return httpx2.AsyncClient(transport=transport, base_url=base_url, trust_env=False)
+
+
 def _reason(found: object) -> str:
     """Finds the words in an engine's error message."""
     if isinstance(found, dict):
@@ -252,6 +273,15 @@ async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     return [task.result() for task in tasks]
 
 
+def _compiled() -> str:
+    """Where PyTorch keeps what it has compiled; in a TMPDIR of its own an engine would compile anew at each start."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")
+
+
 async def _launch_vllm(process: _Process, arguments: Sequence[str], variables: dict[str, str]) -> None:
     """Starts vLLM's server on a socket in a private directory, with what is the same for both kinds."""
     config = process.config
@@ -268,6 +298,7 @@ async def _launch_vllm(process: _Process, arguments: Sequence[str], variables: d
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": str(directory),
+        "TORCHINDUCTOR_CACHE_DIR": _compiled(),
         "VLLM_HOST_IP": "127.0.0.1",
         **variables,
     }
@@ -278,12 +309,7 @@ async def _launch_vllm(process: _Process, arguments: Sequence[str], variables: d
         variables |= {name: os.environ.get(name, value) for name, value in unbound.items()}
     else:
         command += ["--gpu-memory-utilization", str(config.gpu_memory_fraction)]
-    client = httpx2.AsyncClient(
-        transport=httpx2.AsyncHTTPTransport(
-            uds=str(directory / "engine"), limits=httpx2.Limits(max_connections=CONNECTIONS)
-        ),
-        base_url="http://engine",
-    )
+    client = connect("http://engine", directory / "engine")
     await process.launch(directory, [*command, *config.extra], variables, client, "/health")
 
 
@@ -442,10 +468,7 @@ class MosecOracle(_Oracle):
             "BRIDGE_SECRET": self._secret,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
-        client = httpx2.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", limits=httpx2.Limits(max_connections=CONNECTIONS), trust_env=False
-        )
-        await self._process.launch(directory, command, variables, client, "/")
+        await self._process.launch(directory, command, variables, connect(f"http://127.0.0.1:{port}"), "/")
 
     async def score(self, inputs: Sequence[Sequence[int]]) -> list[float]:
         """Scores conversations; see Backend."""

@@ -38,21 +38,28 @@ class Child:
           command: program and arguments.
           environment: its whole environment.
           log: where its output goes.
-          directory: removed when the command has ended.
+          directory: removed when the command has ended, or could not be started.
 
         Returns:
           The running child.
+
+        Raises:
+          OSError: the log cannot be written, or there can be no further process.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, str(Path(__file__)), str(directory), *command),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=dict(environment),
-                start_new_session=True,  # Ctrl-C is the parent's to handle
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("wb") as output:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, str(Path(__file__)), str(directory), *command),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    env=dict(environment),
+                    start_new_session=True,  # Ctrl-C is the parent's to handle
+                )
+        except OSError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         return cls(process, log)
 
     async def ended(self) -> str:
@@ -93,8 +100,10 @@ def keep(directory: str, command: Sequence[str]) -> int:
             os._exit(1)
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_keeper)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(shutil.rmtree, directory, ignore_errors=True)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_keeper)
+        at_the_end.callback(_end, child)
         with selectors.DefaultSelector() as selector:
             selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "parent")
             selector.register(os.pidfd_open(child.pid), selectors.EVENT_READ, "child")
@@ -103,9 +112,6 @@ def keep(directory: str, command: Sequence[str]) -> int:
                     if key.data == "parent" and not os.read(key.fd, 4096):
                         return _end(child)
         return child.returncode
-    finally:
-        _end(child)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:

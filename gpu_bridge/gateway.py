@@ -183,6 +183,8 @@ class Gateway:
             return done.pop().result()
         except EngineFailed as error:
             return str(error)
+        except (RequestRefused, OSError) as error:  # of the warm-up; a full disk
+            return f"the engine did not start: {error}"
         finally:
             self._engine, self._status = None, protocol.STARTING
             if ended is not None:
@@ -310,13 +312,20 @@ class Gateway:
                 assert asked.path is not None
                 path = await asyncio.to_thread(_inside, Path(asked.path), self._config.weights_dirs)
             else:
-                directory = tempfile.TemporaryDirectory(prefix="bridge-", dir=self._config.weights_dirs[0])
-                path = Path(stack.enter_context(directory)) / "weights.safetensors"
-                await _download(asked.url, asked.bearer, path, tensors.most_bytes(self._config.tensors))
+                try:
+                    directory = tempfile.TemporaryDirectory(prefix="bridge-", dir=self._config.weights_dirs[0])
+                    path = Path(stack.enter_context(directory)) / "weights.safetensors"
+                    await _download(asked.url, asked.bearer, path, tensors.most_bytes(self._config.tensors))
+                except OSError as error:
+                    raise Refusal(503, f"url: the weights cannot be kept: {error}") from None
             try:
                 given = await asyncio.to_thread(tensors.header, path)
-                tensors.check(given, self._config.tensors, whole=asked.base is None)
             except (ValueError, OSError) as error:
+                # A download whose length was not told may have been cut: it may go well another time.
+                raise Refusal(400 if asked.url is None else 503, str(error)) from None
+            try:
+                tensors.check(given, self._config.tensors, whole=asked.base is None)
+            except ValueError as error:
                 raise Refusal(400, str(error)) from None
             async with self._lock.writing():
                 engine = self._serving()
@@ -368,7 +377,7 @@ def _inside(path: Path, directories: tuple[Path, ...]) -> Path:
 
 
 async def _download(url: str, bearer: str | None, path: Path, most: int) -> None:
-    """Writes what a URL gives to a file, up to a length."""
+    """Writes what a URL gives to a file, up to a length; refuses with 503 what may go well another time."""
     headers = {} if bearer is None else {"Authorization": f"Bearer {bearer}"}
     try:
         async with (
@@ -376,7 +385,7 @@ async def _download(url: str, bearer: str | None, path: Path, most: int) -> None
             client.stream("GET", url, headers=headers) as answer,
         ):
             if answer.status_code != 200:
-                raise Refusal(400, f"url: {url} answered with status {answer.status_code}")
+                raise Refusal(503, f"url: {url} answered with status {answer.status_code}")
             size = 0
             with path.open("wb") as file:
                 async for part in answer.aiter_raw(DOWNLOAD_PART_BYTES):
@@ -385,4 +394,6 @@ async def _download(url: str, bearer: str | None, path: Path, most: int) -> None
                         raise Refusal(400, f"url: more than {most} bytes, which this model's weights cannot have")
                     await asyncio.to_thread(file.write, part)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise Refusal(400, f"url: {url} cannot be got: {type(error).__name__} {error}") from None
+        malformed = isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol | httpx2.LocalProtocolError)
+        reason = f"url: {url} cannot be got: {type(error).__name__} {error}"
+        raise Refusal(400 if malformed else 503, reason) from None

@@ -1,4 +1,4 @@
-"""Runs a gateway and the engine behind it until a signal comes; what serve_policy and serve_oracle share."""
+"""Runs a gateway and the engine behind it until a signal comes or no engine lives; what serve_policy and serve_oracle share."""
 
 import argparse
 import asyncio
@@ -147,7 +147,7 @@ def progress(kind: str) -> Progress:
 
 
 def run(kind: str, flags: argparse.Namespace, extra: tuple[str, ...], make: MakeBackend, module: str) -> int:
-    """Serves until SIGTERM or Ctrl-C.
+    """Serves until SIGTERM or Ctrl-C, or until the engine is not started any more.
 
     Args:
       kind: protocol.POLICY or protocol.ORACLE.
@@ -157,7 +157,7 @@ def run(kind: str, flags: argparse.Namespace, extra: tuple[str, ...], make: Make
       module: what the engine needs to be installed.
 
     Returns:
-      The exit status.
+      The exit status; 1: there is no engine.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     if importlib.util.find_spec(module) is None:
@@ -236,13 +236,13 @@ async def _serve(
             unfinished.replace(url_file)
         print(f"{config.kind} server: {url} (not ready yet)", flush=True)
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not living.done():
+            seconds = time.monotonic() - start
+            print(f"\n{config.kind} server: {url} serves {config.model}, ready after {seconds:.0f} s", flush=True)
+            await asyncio.wait({living, serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if living.done():
             print(f"\n{config.kind} server: {living.result()}", file=sys.stderr)
             return 1
-        if ready.done():
-            seconds = time.monotonic() - start
-            print(f"\n{config.kind} server: {url} serves {config.model}, ready after {seconds:.0f} s", flush=True)
-            await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         return 0
     finally:
         server.should_exit = True

@@ -86,3 +86,19 @@ def test_the_end_is_told_with_the_log(tmp_path):
     how, tail = asyncio.run(run([sys.executable, "-c", f"print('''{lines}'''); raise SystemExit(3)"]))
     assert how == "it ended with exit status 3"
     assert tail.splitlines() == list(map(str, range(100 - child.TAIL_LINES, 100)))
+
+
+def test_what_cannot_be_run_leaves_no_directory(tmp_path):
+    async def run(log: Path) -> str:
+        private.mkdir()
+        started = await Child.start([str(tmp_path / "none")], os.environ, log, private)
+        return f"{await started.ended()}, {started.tail()}"
+
+    private = tmp_path / "private"
+    told = asyncio.run(run(tmp_path / "log"))
+    assert told.startswith("it ended with exit status 1")
+    assert told.endswith(f"No such file or directory: '{tmp_path / 'none'}'")
+    assert not private.exists()
+    with pytest.raises(OSError, match="Is a directory"):
+        asyncio.run(run(tmp_path))
+    assert not private.exists()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gpu_bridge import protocol, tensors
+from gpu_bridge import gateway, protocol, tensors
 from gpu_bridge.backend import EngineFailed, RequestRefused, Written, engine_seed
 from gpu_bridge.gateway import Gateway, GatewayConfig
 from gpu_bridge.protocol import GenerateRequest, Response
@@ -132,14 +132,14 @@ async def served(
         tensors=tensors.header(directory / "model.safetensors"),
         **changes,
     )
-    gateway = Gateway(config, remembered)
-    run = asyncio.create_task(gateway.run())
+    door = Gateway(config, remembered)
+    run = asyncio.create_task(door.run())
     async with httpx2.AsyncClient(
-        transport=httpx2.ASGITransport(gateway.app),
+        transport=httpx2.ASGITransport(door.app),
         base_url="http://gateway",
         headers={"Authorization": f"Bearer {TOKEN}"},
     ) as http:
-        await asyncio.wait({run, asyncio.create_task(gateway.ready.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({run, asyncio.create_task(door.ready.wait())}, return_when=asyncio.FIRST_COMPLETED)
         try:
             yield Service(http, engines, run, directory)
         finally:
@@ -334,9 +334,42 @@ async def test_weights_are_fetched_with_the_bearer_and_up_to_their_length(tmp_pa
         assert (answer.status_code, answer.json()["version"]) == (400, "a.1")
         assert "bytes, which this model's weights cannot have" in answer.json()["error"]
         assert not service.engines[0].loaded[0].exists()  # nothing is left behind
-        server.close()
-        answer = await service.http.post("/weights", json={**good, "url": "http://127.0.0.1:9/w"})
-        assert "cannot be got" in answer.json()["error"]
+        answer = await service.http.post("/weights", json={**good, "url": "http://"})
+        assert (answer.status_code, "UnsupportedProtocol" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (None, "ConnectError"),
+        (b"", "RemoteProtocolError"),
+        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "answered with status 500"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", "RemoteProtocolError"),
+        (b"HTTP/1.1 200 OK\r\n\r\nhalf", "is no safetensors file"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nsilence", "ReadTimeout"),
+    ],
+)
+def test_a_download_that_breaks_off_may_be_tried_again(fault, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(gateway, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(fault)
+        if fault.endswith(b"silence"):
+            await reader.read()
+        writer.close()
+
+    async def test(tmp_path: Path) -> None:
+        async with served(tmp_path) as service, await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            if fault is None:
+                server.close()
+            answer = await service.http.post("/weights", json={"version": "a.1", "url": url})
+            assert (answer.status_code, answer.json()["version"]) == (503, "initial")
+            assert error in answer.json()["error"]
+            assert (await service.push("a.1")).status_code == 200
+
+    together(test)(tmp_path)
 
 
 @together
@@ -391,6 +424,22 @@ async def test_an_engine_that_never_starts_is_not_started_again(tmp_path):
         assert service.engines[0].stopped
         health = await service.http.get("/health")
         assert (health.status_code, health.json()["error"]) == (503, "no such model")
+
+
+@together
+async def test_a_start_that_fails_in_any_way_is_tried_again(tmp_path):
+    faults = [None, OSError(28, "No space left on device"), RequestRefused("too long"), None]
+
+    class Unlucky(Engine):
+        async def start(self) -> None:
+            if fault := faults.pop(0):
+                raise fault
+
+    async with served(tmp_path, make=Unlucky) as service:
+        service.engines[0].death.set_result("it was ended by signal 9")
+        await until(lambda: len(service.engines) == 4)
+        await until(lambda: all(engine.stopped for engine in service.engines[:3]))
+        assert (await service.http.post("/generate", json=ASKED)).status_code == 200
 
 
 @together
