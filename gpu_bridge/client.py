@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -230,6 +229,7 @@ class OracleClient:
         """
         self._servers = Servers(protocol.ORACLE, tuple(urls), token, patience)
         self._batch_size = min(batch_size, protocol.MAX_ROWS)
+        self._well: set[str] = set()  # URLs of those that were ready and have not failed since
 
     def score(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores conversations.
@@ -247,11 +247,15 @@ class OracleClient:
 
         def ask(url: str, rows: Sequence[Sequence[int]]) -> list[float]:
             request = ScoreRequest([list(ids) for ids in rows])
+            if url not in self._well:
+                health(self._servers, url)  # tells one that starts, and is worth waiting for, from one that is broken
+            self._well.discard(url)
             answer = exchange(self._servers, url, protocol.SCORE, request, protocol.ScoreAnswer)
             try:
                 answer.check(request)
             except ProtocolError as error:
                 raise Unavailable(f"{url} answered garbage ({error})") from error
+            self._well.add(url)
             return answer.scores
 
         return np.array(share(self._servers, inputs, ask, self._batch_size), np.float64)
@@ -380,7 +384,7 @@ def divided(items: Sequence[Item], num_parts: int) -> Iterator[Sequence[Item]]:
 
 
 def at_once(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result | Exception]:
-    """Calls a function for all items at the same time.
+    """Calls a function for all items at the same time; Ctrl-C leaves at once those that are not done.
 
     Args:
       function: called in a thread of its own for each.
@@ -389,15 +393,21 @@ def at_once(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
     Returns:
       N results, or the exceptions in their places.
     """
+    outcomes: dict[int, Result | Exception] = {}
 
-    def caught(item: Item) -> Result | Exception:
+    def call(index: int) -> None:
         try:
-            return function(item)
+            outcomes[index] = function(items[index])
         except Exception as error:
-            return error
+            outcomes[index] = error
 
-    with ThreadPoolExecutor(max(len(items), 1)) as threads:
-        return list(threads.map(caught, items))
+    # Daemons: those of an executor would be waited for, by it and at the interpreter's end, as long as a server hangs.
+    threads = [threading.Thread(target=call, args=(index,), daemon=True) for index in range(len(items))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [outcomes[index] for index in range(len(items))]
 
 
 # ------------------------------------------------------------------------------------------------------------- One exchange

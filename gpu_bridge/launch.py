@@ -6,10 +6,13 @@ python -m gpu_bridge.launch --policy=DIR --gpus=0 -- --config=configs/quickstart
 
 Layouts (SEA paper, App. H, Fig. 8): "all" puts an actor and an oracle on every GPU, and the learner over all of them: their
 shares of each GPU's memory are --shares=ACTOR,ORACLE,LEARNER. "half" leaves the second half of the GPUs to the learner.
+On GPUs oracles compute in bfloat16 and read up to 2048 tokens, --oracle_flag=--max_model_len=N changes that.
 What stands behind -- is handed to `python -m sea_jax.train`; who writes and who labels is added to it.
 """
 
 import argparse
+import itertools
+import json
 import os
 import secrets
 import signal
@@ -17,14 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_bridge import child, protocol
+from gpu_bridge import child, client, protocol
 
 SHARES = {"all": (0.3, 0.25, 0.4), "half": (0.5, 0.4, 0.9)}
+ORACLE_TOKENS = 2048  # as config.oracle.max_tokens; with a length of 131072 an 8B model's cache alone would take 16 GiB
 POLL_S = 0.2
 
 
@@ -97,6 +101,46 @@ def plan(layout: str, gpus: int, shares: Sequence[float], oracle: bool) -> Plan:
     return Plan(tuple(places), tuple(learners), learner_share)
 
 
+def visible_gpus(count: int, visible: str | None) -> tuple[str, ...]:
+    """Names GPUs for CUDA_VISIBLE_DEVICES.
+
+    Args:
+      count: how many are wanted.
+      visible: that variable as it was inherited; None: it is not set.
+
+    Returns:
+      The first of those that this process may use.
+
+    Raises:
+      ValueError: it may use fewer.
+    """
+    if visible is None:
+        return tuple(map(str, range(count)))
+    # CUDA reads as far as the first name that is none, such as -1.
+    names = tuple(itertools.takewhile(lambda name: name and name[0] != "-", map(str.strip, visible.split(","))))
+    if len(names) < count:
+        raise ValueError(
+            f"--gpus={count}: CUDA_VISIBLE_DEVICES={visible} allows {len(names)}; give --gpus={len(names)} or name more"
+        )
+    return names[:count]
+
+
+def default_flags(place: Place, model: Path) -> list[str]:
+    """Returns flags with which a server's share of a GPU suffices; where one stands twice, a server takes the last.
+
+    Args:
+      place: Place.
+      model: its directory.
+
+    Raises:
+      OSError: there is no config.json in it.
+    """
+    if place.gpu is None or place.kind == protocol.POLICY:  # which is served in bfloat16 by itself
+        return []
+    positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    return ["--dtype=bfloat16", f"--max_model_len={min(ORACLE_TOKENS, positions or ORACLE_TOKENS)}"]
+
+
 def server_command(
     place: Place, python: Path, models: Mapping[str, Path], logs: Path, extra: Sequence[str]
 ) -> list[str]:
@@ -107,7 +151,7 @@ def server_command(
       python: of the environment that holds the engine.
       models: directories by kind.
       logs: where its files go.
-      extra: further flags of every server.
+      extra: further flags.
     """
     return [
         *(str(python), "-m", f"gpu_bridge.serve_{place.kind}"),
@@ -136,15 +180,15 @@ def learner_command(
     return [sys.executable, "-m", "sea_jax.train", *arguments, *added]
 
 
-def environment(gpus: Sequence[int] | None, token: str, **more: str) -> dict[str, str]:
+def environment(gpus: Sequence[str] | None, token: str, **more: str) -> dict[str, str]:
     """Returns a child's environment.
 
     Args:
-      gpus: that it may see; None: all, there are none.
+      gpus: names of those that it may see; None: all, there are none.
       token: of every server.
       more: further variables.
     """
-    seen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    seen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     return {**os.environ, protocol.TOKEN_VARIABLE: token, **seen, **more}
 
 
@@ -197,6 +241,72 @@ def learner(command: Sequence[str], env: Mapping[str, str]) -> Iterator[subproce
             raise
 
 
+def start_in_turn(
+    places: Sequence[Place], start: Callable[[Place], subprocess.Popen[bytes]], logs: Path, token: str
+) -> list[subprocess.Popen[bytes]]:
+    """Starts the servers of one GPU one after another, those of different GPUs at the same time, until all are ready.
+
+    While it starts, vLLM measures what is free on the whole GPU and takes every change for its own doing
+    (https://github.com/vllm-project/vllm/blob/main/vllm/v1/worker/gpu_worker.py, determine_available_memory).
+
+    Args:
+      places: Place of each.
+      start: starts one.
+      logs: where they write their URLs.
+      token: of every server.
+
+    Returns:
+      Their processes.
+
+    Raises:
+      ValueError: a server ended, or is none of the bridge's.
+    """
+    servers: dict[Place, subprocess.Popen[bytes]] = {}
+    waiting = list(places)
+    while waiting:
+        turns: dict[int | None, Place] = {}
+        for place in waiting:
+            turns.setdefault(place.gpu, place)
+        for place in turns.values():
+            if place not in servers:
+                servers[place] = start(place)
+            elif is_ready(place, logs, token):
+                print(f"{place.name} is ready", flush=True)
+                waiting.remove(place)
+        for place, process in servers.items():
+            check_running(place, process, logs)
+        time.sleep(POLL_S)
+    return [servers[place] for place in places]
+
+
+def is_ready(place: Place, logs: Path, token: str) -> bool:
+    """Returns whether a server answers requests.
+
+    Args:
+      place: Place.
+      logs: where it writes its URL.
+      token: of every server.
+    """
+    try:
+        url = (logs / f"{place.name}.url").read_text().strip()
+        client.health(client.Servers(place.kind, (url,), token), url)
+    except (FileNotFoundError, client.Unavailable):
+        return False
+    return True
+
+
+def check_running(place: Place, server: subprocess.Popen[bytes], logs: Path) -> None:
+    """Raises ValueError if a server has ended.
+
+    Args:
+      place: Place.
+      server: its process.
+      logs: where its output goes.
+    """
+    if server.poll() is not None:
+        raise ValueError(f"{place.name} ended with status {server.returncode}; {logs / place.name}.log says why")
+
+
 def wait_for_urls(
     places: Sequence[Place], servers: Sequence[subprocess.Popen[bytes]], logs: Path
 ) -> dict[str, list[str]]:
@@ -214,13 +324,10 @@ def wait_for_urls(
       ValueError: a server ended.
     """
     urls: dict[str, list[str]] = {}
-    for place, server in zip(places, servers, strict=True):
+    for place, process in zip(places, servers, strict=True):
         file = logs / f"{place.name}.url"
         while not file.exists():
-            if server.poll() is not None:
-                raise ValueError(
-                    f"{place.name} ended with status {server.returncode}; {logs / place.name}.log says why"
-                )
+            check_running(place, process, logs)
             time.sleep(POLL_S)
         urls.setdefault(place.kind, []).append(file.read_text().strip())
     return urls
@@ -238,28 +345,33 @@ def launch(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     Raises:
       ValueError: the layout cannot be, or a server ended while the learner needed it.
+      OSError: a model is not there.
     """
     layout = plan(flags.layout, flags.gpus, flags.shares or SHARES[flags.layout], flags.oracle is not None)
+    gpus = visible_gpus(flags.gpus, os.environ.get("CUDA_VISIBLE_DEVICES")) if flags.gpus else ()
     token = os.environ.get(protocol.TOKEN_VARIABLE, "").strip() or secrets.token_urlsafe(32)
     models = {protocol.POLICY: flags.policy, protocol.ORACLE: flags.oracle}
+    own = {protocol.POLICY: flags.policy_flag, protocol.ORACLE: flags.oracle_flag}
+    given = {
+        place: [*default_flags(place, models[place.kind]), *flags.server_flag, *own[place.kind]]
+        for place in layout.servers
+    }
     flags.log_dir.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp(prefix="servers-", dir=flags.log_dir)).absolute()
     print(f"{len(layout.servers)} servers start, their output is in {logs}", flush=True)
     with ExitStack() as running:
-        servers = [
-            running.enter_context(
-                server(
-                    server_command(place, flags.bridge_python, models, logs, flags.server_flag),
-                    environment(None if place.gpu is None else [place.gpu], token),
-                    logs / f"{place.name}.log",
-                )
-            )
-            for place in layout.servers
-        ]
+
+        def start(place: Place) -> subprocess.Popen[bytes]:
+            command = server_command(place, flags.bridge_python, models, logs, given[place])
+            env = environment(None if place.gpu is None else [gpus[place.gpu]], token)
+            return running.enter_context(server(command, env, logs / f"{place.name}.log"))
+
+        servers = start_in_turn(layout.servers, start, logs, token) if gpus else list(map(start, layout.servers))
         urls = wait_for_urls(layout.servers, servers, logs)
-        more = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(layout.learner_memory_fraction)} if layout.learner_gpus else {}
+        more = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(layout.learner_memory_fraction)} if gpus else {}
+        seen = [gpus[number] for number in layout.learner_gpus] if gpus else None
         command = learner_command(arguments, urls, flags.oracle)
-        with learner(command, environment(layout.learner_gpus or None, token, **more)) as process:
+        with learner(command, environment(seen, token, **more)) as process:
             while process.poll() is None:
                 ended = [place for place, one in zip(layout.servers, servers, strict=True) if one.poll() is not None]
                 if ended:
@@ -291,7 +403,8 @@ def main() -> int:
     add("--shares", type=_shares, help="of a GPU's memory: ACTOR,ORACLE,LEARNER (default: by the layout)")
     add("--bridge_python", type=Path, default=Path(".venv-bridge/bin/python"), help="python that has the engine")
     add("--log_dir", type=Path, default=Path("runs/bridge"), help="directory for what the servers print")
-    add("--server_flag", action="append", default=[], help="a flag for every server, such as --max_model_len=512")
+    for name, whom in (("server", "every server"), ("policy", "every actor"), ("oracle", "every oracle")):
+        add(f"--{name}_flag", action="append", default=[], help=f"a flag for {whom}, such as --max_model_len=512")
     own = list(sys.argv[1:])
     end = own.index("--") if "--" in own else len(own)
     flags, arguments = parser.parse_args(own[:end]), own[end + 1 :]

@@ -1,6 +1,8 @@
 """Every fault of a server, and what the learner makes of it; times are short, the waits are counted rather than timed."""
 
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,13 +209,21 @@ def test_a_server_of_another_kind_or_a_request_it_refuses_is_not_tried_again(sta
     alone = start(protocol.ORACLE)
     with pytest.raises(Refused, match=rf"config\.actor\.urls: {alone.url} is a server of kind oracle; .*serve_policy"):
         policy(alone).versions()
-    alone.reply = lambda path, message: (400, {"error": "inputs: 9 tokens are more than the model's 8"})
+    plain = alone.reply
+    alone.reply = lambda path, message: (
+        (400, {"error": "inputs: 9 tokens are more than the model's 8"})
+        if path == protocol.SCORE
+        else plain(path, message)
+    )
     with pytest.raises(Refused, match=rf"{alone.url} refuses what it was asked \(inputs: 9 tokens"):
         oracle(alone).score(INPUTS)
+    assert len(alone.sent(protocol.SCORE)) == 1
     alone.reply = lambda path, message: (404, {"detail": "no such page"})
     with pytest.raises(Refused, match=rf"config\.oracle\.urls: {alone.url} is no server of the bridge"):
         oracle(alone).score(INPUTS)
-    assert len(alone.sent(protocol.SCORE)) == 2
+    writer = start()
+    with pytest.raises(Refused, match=rf"oracle\.urls: {writer.url} is a server of kind policy; .*serve_oracle"):
+        oracle(writer).score(INPUTS)
 
 
 def test_a_server_with_other_weights_writes_nothing_and_the_others_do_its_share(start):
@@ -282,6 +292,46 @@ def test_the_half_that_one_of_two_oracles_fails_to_do_goes_to_the_other(start):
     assert sorted(asked) == sorted(INPUTS[2:])
     with pytest.raises(Unavailable, match=r"config\.oracle\.urls .*out of memory.*serve_oracle"):
         oracle(failing, patience=SHORT).score(INPUTS)
+
+
+def test_an_oracle_that_starts_is_waited_for_and_one_that_is_well_is_asked_for_scores_alone(start):
+    alone = start(protocol.ORACLE)
+    plain = alone.reply
+    alone.reply = lambda path, message: (
+        (503, {"error": "the engine is starting"})
+        if path == protocol.SCORE and alone.status == protocol.STARTING
+        else plain(path, message)
+    )
+
+    def starts_for_a_while() -> None:
+        alone.status = protocol.STARTING
+        threading.Timer(0.4, setattr, (alone, "status", protocol.READY)).start()
+
+    patient = Patience(timeout_s=5.0, retries=1, backoff_s=0.05, max_backoff_s=0.05)
+    scores = oracle(alone, patience=patient).score
+    starts_for_a_while()
+    np.testing.assert_array_equal(scores(INPUTS), SCORES)
+    asked = len(alone.sent(protocol.HEALTH))
+    np.testing.assert_array_equal(scores(INPUTS), SCORES)
+    assert len(alone.sent(protocol.HEALTH)) == asked
+    starts_for_a_while()  # again, as after its engine's end
+    np.testing.assert_array_equal(scores(INPUTS), SCORES)
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(start):
+    alone = start(protocol.ORACLE)
+    alone.faults[protocol.SCORE] = ["hang"]
+    main, before = threading.get_ident(), set(threading.enumerate())
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            oracle(alone).score(INPUTS)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert time.monotonic() - begin < PATIENCE.timeout_s / 2
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)  # nor does the interpreter's end
 
 
 def test_nothing_to_ask_is_not_asked():
