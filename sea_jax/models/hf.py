@@ -220,7 +220,7 @@ def _tensors(directory: Path, config: Config) -> dict[str, Stored]:
     if quantised and (not isinstance(config, ModelConfig) or config.family != "llama"):
         raise ValueError(f"{quantised[0]} is GGUF, which is supported for llama, but config.json says {config.family}")
     if quantised and isinstance(config, ModelConfig):
-        return gguf.tensors(quantised[0], config.num_heads, config.num_kv_heads)
+        return gguf.tensors(quantised[0], config)
     if pickled := sorted((*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth"))):
         raise ValueError(
             f"{pickled[0]} is a pickle, which can run any code when it is read; convert it to safetensors "
@@ -266,7 +266,7 @@ def _fill(params: Params, config: Config, tensors: Mapping[str, Stored], directo
     """Reads every tensor into its place, having checked that tensors and parameters match one to one."""
     places = _places(params)
     expected = _named(config, places)
-    given = {names.canonical(config.family, name): tensor for name, tensor in tensors.items()}
+    given = _canonical(config.family, tensors)
     model = f"a {config.family} of {config.num_layers} layers as config.json describes it"
     for name in sorted(set(given) - set(expected)):
         if names.FAMILIES[config.family].ignored.fullmatch(name):
@@ -290,6 +290,22 @@ def _fill(params: Params, config: Config, tensors: Mapping[str, Stored], directo
         for i, place in enumerate(holds):
             part = rows[:, i].reshape(-1, *rows.shape[3:]) if len(holds) > 1 else rows
             places[place][...] = part.T if place[1].endswith("kernel") else part
+
+
+def _canonical(family: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors by their canonical names; one under two spellings must be the same in both, if it is read at all."""
+    spelt: dict[str, str] = {}
+    for name, tensor in sorted(tensors.items()):
+        canonical = names.canonical(family, name)
+        other = spelt.setdefault(canonical, name)
+        if other == name or names.FAMILIES[family].ignored.fullmatch(canonical):
+            continue
+        if not np.array_equal(tensor.read(), tensors[other].read()):
+            raise ValueError(
+                f"tensors {other!r} in {tensors[other].path} and {name!r} in {tensor.path} are two spellings of one "
+                f"tensor of a {family} but differ; remove the one that is not the model's"
+            )
+    return {canonical: tensors[name] for canonical, name in spelt.items()}
 
 
 def _check_tied(name: str, given: Mapping[str, Stored], expected: Mapping[str, tuple[Place, ...]]) -> None:

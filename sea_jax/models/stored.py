@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 
 
@@ -26,7 +27,9 @@ class Stored:
 
 
 def safetensors(directory: Path) -> dict[str, Stored]:
-    """Lists the tensors of a directory: of the files its index names, of model.safetensors, or of all *.safetensors.
+    """Lists the tensors of a directory: of model.safetensors, of the files its index names, or of all *.safetensors.
+
+    The single file comes before the index, as for transformers; where both are there, a warning names them.
 
     Args:
       directory: holds one or more *.safetensors and, where they are shards, model.safetensors.index.json.
@@ -40,11 +43,15 @@ def safetensors(directory: Path) -> dict[str, Stored]:
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
-    placed = _weight_map(index) if index.is_file() else {}
-    if placed:
+    placed: Mapping[str, str] = {}
+    if single.is_file():
+        paths = [single]
+        if index.is_file():
+            logging.warning("%s is read; %s beside it and its shards are ignored: delete what is stale", single, index)
+    elif index.is_file() and (placed := _weight_map(index)):
         paths = [directory / name for name in sorted(set(placed.values()))]
     else:
-        paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+        paths = sorted(directory.glob("*.safetensors"))
     found: dict[str, Stored] = {}
     for path in paths:
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from sea_jax import builtin
 from sea_jax.models import config as configs
-from sea_jax.models import decoder, hf
+from sea_jax.models import decoder, hf, rope
 from sea_jax.models.config import ModelConfig
 from tests import tiny
 
@@ -41,11 +42,20 @@ def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _write(
-    directory: Path, extra: Mapping[str, np.ndarray] | None = None, kind: Any = None, arch: str = "llama"
+    directory: Path,
+    extra: Mapping[str, np.ndarray] | None = None,
+    kind: Any = None,
+    arch: str = "llama",
+    metadata: Mapping[str, float] | None = None,
 ) -> Path:
-    """A GGUF file of the parameters and of extra tensors, with config.json beside it."""
+    """A GGUF file of the parameters, of extra tensors and of metadata, with config.json beside it."""
     (directory / "config.json").write_text(json.dumps(configs.to_hf(CONFIG)))
     writer = gguf_files.GGUFWriter(directory / "model.gguf", arch)
+    for key, value in (metadata or {}).items():
+        if isinstance(value, int):
+            writer.add_uint32(f"llama.{key}", value)
+        else:
+            writer.add_float32(f"llama.{key}", value)
     layers = PARAMS["stacks"][0]
 
     def add(name: str, rows: np.ndarray) -> None:
@@ -79,6 +89,58 @@ def test_every_parameter_finds_its_place(tmp_path: Path) -> None:
     loaded = hf.load(tmp_path, cuts=(1,))
     assert loaded.config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, loaded.params, decoder.recut(PARAMS, (1,)))
+
+
+METADATA = {
+    "block_count": 2,
+    "embedding_length": 64,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 10_000.0,
+    "rope.scaling.factor": 1.0,
+}
+
+
+def test_metadata_that_agrees(tmp_path: Path) -> None:
+    _write(tmp_path, metadata=METADATA)
+    assert hf.load(tmp_path).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("block_count", 3, "'num_hidden_layers' says 2"),
+        ("embedding_length", 32, "'hidden_size' says 64"),
+        ("attention.head_count", 8, "'num_attention_heads' says 4"),
+        ("attention.head_count_kv", 4, "'num_key_value_heads' says 2"),
+        ("attention.layer_norm_rms_epsilon", 2.0**-20, "'rms_norm_eps' says 1e-05"),
+        ("rope.freq_base", 500_000.0, "'rope_theta' says 10000.0"),
+        ("rope.scaling.factor", 4.0, "'rope_scaling' says 1.0"),
+    ],
+)
+def test_metadata_of_another_model(tmp_path: Path, key: str, value: float, field: str) -> None:
+    _write(tmp_path, metadata=METADATA | {key: value})
+    with pytest.raises(ValueError, match=rf"model\.gguf has llama\.{key} {value}, but config\.json field {field}; is"):
+        hf.load(tmp_path)
+
+
+# Of wavelengths 2 pi 10 ** (i / 2) those under 64 / 4 are kept, those over 64 / 1 divided by 8, two are in between.
+LLAMA3 = rope.Llama3(8.0, 1.0, 4.0, 64)
+DIVISORS = np.array([1, 1.293976, 7.667385, 8, 8, 8, 8, 8], np.float32)
+
+
+def test_rotary_frequencies_must_be_those_of_the_config(tmp_path: Path) -> None:
+    _write(tmp_path, {"rope_freqs.weight": DIVISORS})
+    named = r"'rope_freqs\.weight' in .*model\.gguf divides the 8 .* by 1 to 8, but .* field 'rope_scaling' says"
+    with pytest.raises(ValueError, match=f"{named} None"):
+        hf.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_hf(replace(CONFIG, rope_scaling=LLAMA3))))
+    assert hf.load(tmp_path).config == replace(CONFIG, rope_scaling=LLAMA3)
+    other = replace(CONFIG, rope_scaling=replace(LLAMA3, low_freq_factor=1.01))
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_hf(other)))
+    with pytest.raises(ValueError, match=f"{named} Llama3"):
+        hf.load(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(QUANTISED.Q8_0, 0.01), (QUANTISED.Q4_1, 0.1), (QUANTISED.BF16, 0.01)])

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sea_jax import builtin
+from sea_jax.models import config as configs
 from sea_jax.models import decoder, hf, names
 from tests import tiny
 
@@ -209,6 +210,15 @@ def test_shards(directory: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, hf.load(directory).params, PARAMS)
 
 
+def test_a_single_file_comes_before_an_index(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _shard(directory)
+    again = tiny.draw(decoder.abstract(CONFIG), seed=2)
+    hf.save(directory / "again", CONFIG, again)
+    (directory / "again" / "model.safetensors").rename(directory / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, hf.load(directory).params, again)
+    assert f"{directory / 'model.safetensors.index.json'} beside it and its shards are ignored" in caplog.text
+
+
 def test_a_missing_shard(directory: Path) -> None:
     _shard(directory)
     (directory / "model-00002-of-00002.safetensors").unlink()
@@ -309,6 +319,34 @@ def test_a_reward_model_has_a_score_and_no_unembedding(tmp_path: Path) -> None:
         hf.load(tmp_path / "model")
     _change_config(tmp_path / "model", architectures=["LlamaForCausalLM"])
     with pytest.raises(ValueError, match=r"'score.weight' in .* has no place in a llama"):
+        hf.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("family", "spelling", "other"),  # in the order of the alphabet
+    [
+        ("gpt_neox", "embed_out.weight", "lm_head.weight"),
+        ("bert", "bert.embeddings.LayerNorm.beta", "embeddings.LayerNorm.bias"),
+        ("deberta-v2", "deberta.embeddings.LayerNorm.bias", "pretrained_model.embeddings.LayerNorm.bias"),
+    ],
+)
+def test_two_spellings_of_one_tensor(family: str, spelling: str, other: str, tmp_path: Path) -> None:
+    fields = {"model_type": family, "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+    fields |= {"num_attention_heads": 2, "intermediate_size": 5, "hidden_act": "gelu", "relative_attention": True}
+    config = configs.from_hf(fields)
+    params = tiny.draw(hf.abstract(config), seed=0)
+    hf.save(tmp_path / "model", config, params)
+
+    def respell(tensors: dict[str, np.ndarray]) -> None:
+        tensors[spelling] = tensors.pop(names.canonical(family, spelling))
+        tensors[other] = tensors[spelling].copy()
+
+    _change_tensors(tmp_path / "model", respell)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "model").params, params)
+    _change_tensors(tmp_path / "model", lambda tensors: tensors[other].__setitem__(0, 9.0))
+    with pytest.raises(
+        ValueError, match=rf"'{spelling}' in .*'{other}' in .*model\.safetensors .* a {family} but differ"
+    ):
         hf.load(tmp_path / "model")
 
 
