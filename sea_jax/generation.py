@@ -146,7 +146,7 @@ def generate(
       Candidates, [B, M, T].
     """
     num_prompts, num_samples, max_new_tokens = prompts.tokens.shape[0], sampling.num_samples, sampling.max_new_tokens
-    params = jax.tree.map(lambda leaf: leaf.astype(sampling.dtype), params)  # once, not at every token
+    params = partition.cast(params, sampling.dtype)  # once, not at every token
     stacks = params["stacks"]
     embedding = partition.constrain(params["embed"], "vocab")
     unembedding = partition.constrain(decoder.unembedding(params), "vocab")

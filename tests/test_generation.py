@@ -65,9 +65,9 @@ def test_responses_end_with_their_end_of_sequence(candidates):
     assert 0 < (lengths < 6).sum() < 12  # both kinds were there to look at
 
 
-def test_log_probs_are_those_the_learner_finds(params, prompts, candidates):
+def found_by_the_learner(params: Params, prompts: Prompts, candidates: Candidates, dtype: str) -> np.ndarray:
     frozen, trained = learner.divide(params, 1)
-    found = jax.jit(learner.response_logprobs, static_argnames=("config", "remat", "dtype"))(
+    (found,) = jax.jit(learner.response_logprobs, static_argnames=("config", "remat", "dtype"))(
         frozen,
         (trained,),
         prompts,
@@ -75,9 +75,26 @@ def test_log_probs_are_those_the_learner_finds(params, prompts, candidates):
         candidates.lengths,
         config=tiny.CONFIG,
         remat=False,
-        dtype="float32",
+        dtype=dtype,
     )
-    np.testing.assert_allclose(candidates.logprobs, found[0], rtol=1e-4, atol=1e-4)
+    return np.asarray(found)
+
+
+def test_log_probs_are_those_the_learner_finds(params, prompts, candidates):
+    found = found_by_the_learner(params, prompts, candidates, "float32")
+    np.testing.assert_allclose(candidates.logprobs, found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_training_changes_in_the_norms_is_felt_in_bfloat16(params, prompts):
+    def scaled(path, x):
+        # By less than half of what bfloat16 can tell apart near 1.
+        return x * 1.0015 if any("norm" in str(getattr(key, "key", "")) for key in path) else x
+
+    moved = jax.tree_util.tree_map_with_path(scaled, params)
+    sampling = dataclasses.replace(SAMPLED, dtype="bfloat16")
+    written = generate(moved, prompts, sampling)
+    found = found_by_the_learner(moved, prompts, written, "bfloat16")
+    np.testing.assert_allclose(written.logprobs, found, atol=1e-3)
 
 
 def test_features_are_the_mean_hidden_state_of_the_response(params, prompts, candidates):

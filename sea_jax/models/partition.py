@@ -150,13 +150,31 @@ def abstract_batches(tree: Any) -> Any:
     return jax.tree.map(describe, tree)
 
 
+def _in_norm(path: Sequence[Any]) -> bool:
+    """Whether a parameter is a norm's, to judge by the way to it in the tree."""
+    return any("norm" in str(getattr(key, "key", "")) for key in path)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Returns parameters as they take part in a computation in a dtype.
+
+    Args:
+      params: arrays.
+      dtype: of matrices and biases; what norms hold is float32, since they compute in it.
+
+    Returns:
+      A tree of the same structure.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(jnp.float32 if _in_norm(path) else dtype), params)
+
+
 def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
     """Brings parameters from the host onto the devices of the mesh, each device its part.
 
     Args:
       params: numpy arrays.
       specs: ParamSpec of each.
-      dtype: of matrices and biases; what norms hold stays float32, since they compute in it.
+      dtype: as for `cast`.
 
     Returns:
       A tree of the same structure whose leaves are arrays.
@@ -164,8 +182,7 @@ def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
     mesh = jax.sharding.get_mesh()
 
     def place(path: Any, x: np.ndarray, one: ParamSpec) -> jax.Array:
-        in_norm = any("norm" in str(getattr(key, "key", "")) for key in path)
-        host = np.asarray(x, np.float32 if in_norm else dtype)
+        host = np.asarray(x, jnp.float32 if _in_norm(path) else dtype)
         if mesh.empty:
             return jax.device_put(host)
         sharding = NamedSharding(mesh, spec(one.axes, host.shape, mesh.shape))
@@ -179,7 +196,7 @@ def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:
 
     Args:
       specs: ParamSpec of each parameter.
-      dtype: as for `put`.
+      dtype: as for `cast`.
 
     Returns:
       A tree of jax.ShapeDtypeStruct with the shardings of the mesh.
@@ -187,8 +204,7 @@ def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:
     mesh = jax.sharding.get_mesh()
 
     def describe(path: Any, one: ParamSpec) -> jax.ShapeDtypeStruct:
-        in_norm = any("norm" in str(getattr(key, "key", "")) for key in path)
         sharding = None if mesh.empty else NamedSharding(mesh, spec(one.axes, one.shape, mesh.shape))
-        return jax.ShapeDtypeStruct(one.shape, jnp.float32 if in_norm else dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(one.shape, jnp.float32 if _in_norm(path) else dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(describe, specs)
