@@ -238,6 +238,40 @@ def _loss(
     return sums["loss"], sums
 
 
+def accumulated(
+    gradient: Callable[[Any], tuple[Params, Any]], batch: Any, microbatch_size: int, specs: Params
+) -> tuple[Params, Any]:
+    """Returns the sums over the microbatches of a batch, of which one at a time is differentiated.
+
+    Args:
+      gradient: `gradient(microbatch)` -> (gradient, a tree of numbers beside it), both to be summed.
+      batch: a tree of arrays [B, ...].
+      microbatch_size: rows; divides B.
+      specs: ParamSpec of each array of the gradient.
+
+    Returns:
+      (gradient, tree), as `gradient` returns them for the whole batch up to rounding.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0] // microbatch_size
+
+    def stored(microbatch: Any) -> tuple[Params, Any]:
+        of_trained, beside = gradient(microbatch)
+        return partition.as_stored(of_trained, specs), beside
+
+    if count == 1:
+        return stored(batch)
+
+    def add(carry: tuple[Params, Any], microbatch: Any) -> tuple[tuple[Params, Any], None]:
+        return jax.tree.map(jnp.add, carry, stored(microbatch)), None
+
+    # Every count-th row to a microbatch: each then has rows of every device that the batch is divided over.
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(stored, jax.tree.map(lambda x: x[0], microbatches))
+    of_trained, beside = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, _ = jax.lax.scan(add, (partition.as_stored(of_trained, specs), beside), microbatches)
+    return sums
+
+
 @partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))
 def update(
     learner: Learner,
@@ -265,30 +299,13 @@ def update(
       gradient_norm (before clipping), learning_rate.
     """
     batch = partition.batches(batch)
-    count = batch.labels.shape[0] // learner_config.microbatch_size
-    # Every count-th pair to a microbatch: each then has pairs of every device that the batch is divided over.
-    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    specs = decoder.specs(config, learner.trained)
 
-    def gradient(*arguments: Any) -> tuple[Params, dict[str, Array]]:
-        of_trained, sums = jax.grad(_loss, has_aux=True)(*arguments)
-        return partition.as_stored(of_trained, specs), sums
-
-    def accumulate(
-        carry: tuple[Params, dict[str, Array]], microbatch: PreferenceBatch
-    ) -> tuple[tuple[Params, dict[str, Array]], None]:
-        new = gradient(learner.trained, frozen, reference, microbatch, loss, config, learner_config)
-        return jax.tree.map(jnp.add, carry, new), None
-
-    if count == 1:
-        sums = gradient(learner.trained, frozen, reference, batch, loss, config, learner_config)
-    else:
-        shapes = jax.eval_shape(
-            lambda m: gradient(learner.trained, frozen, reference, m, loss, config, learner_config),
-            jax.tree.map(lambda x: x[0], microbatches),
+    def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Array]]:
+        return jax.grad(_loss, has_aux=True)(
+            learner.trained, frozen, reference, microbatch, loss, config, learner_config
         )
-        of_trained, of_report = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, _ = jax.lax.scan(accumulate, (partition.as_stored(of_trained, specs), of_report), microbatches)
+
+    sums = accumulated(gradient, batch, learner_config.microbatch_size, decoder.specs(config, learner.trained))
     total = batch.weights.sum()
     gradients, report = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), sums)
     updates, opt_state = optimizer(learner_config).update(gradients, learner.opt_state, learner.trained)

@@ -15,11 +15,13 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from sea_jax import cache, console, data, learner, metrics, policies, wiring
+from sea_jax import cache, console, data, files, learner, metrics, policies, wiring
 from sea_jax import config as configuration
 from sea_jax.data import Rendered
 from sea_jax.learner import Learner, LearnerConfig
+from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
+from sea_jax.policies import Policy
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Array, Params, Prompts
 
@@ -34,11 +36,12 @@ def negative_logprob(
     prompts: Prompts,
     tokens: Array,
     lengths: Array,
+    num_tokens: Array,
     *,
     config: ModelConfig,
     learner_config: LearnerConfig,
 ) -> Array:
-    """Returns the mean negative log-prob of the references' tokens.
+    """Returns the mean negative log-prob of the references' tokens, or a microbatch's share of it.
 
     Args:
       trained: the trained part of the parameters.
@@ -46,6 +49,7 @@ def negative_logprob(
       prompts: Prompts, [B, P].
       tokens: [B, 1, T] int32, references with the end-of-sequence token, padded on the right.
       lengths: [B, 1] int32.
+      num_tokens: scalar int32, tokens that the mean is over: of the whole batch, of which this may be a part.
       config: ModelConfig.
       learner_config: LearnerConfig.
 
@@ -62,7 +66,7 @@ def negative_logprob(
         remat=learner_config.remat,
         dtype=learner_config.dtype,
     )
-    return -values.sum() / lengths.sum()
+    return -values.sum() / num_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("config", "learner_config"), donate_argnames=("state",))
@@ -90,8 +94,15 @@ def update(
     Returns:
       Learner and the loss before the step, nats per token.
     """
-    loss, gradients = jax.value_and_grad(negative_logprob)(
-        state.trained, frozen, prompts, tokens, lengths, config=config, learner_config=learner_config
+
+    def gradient(microbatch: tuple[Prompts, Array, Array]) -> tuple[Params, Array]:
+        share, of_trained = jax.value_and_grad(negative_logprob)(
+            state.trained, frozen, *microbatch, lengths.sum(), config=config, learner_config=learner_config
+        )
+        return of_trained, share
+
+    gradients, loss = learner.accumulated(
+        gradient, (prompts, tokens, lengths), learner_config.microbatch_size, decoder.specs(config, state.trained)
     )
     updates, opt_state = learner.optimizer(learner_config).update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
@@ -113,7 +124,7 @@ def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response
       ValueError: none is.
     """
     kept = [
-        one for one in rendered if one.record["reference"] and len(_reference_ids(one, words)) <= max_response_tokens
+        one for one in rendered if one.record["reference"] and len(reference_ids(one, words)) <= max_response_tokens
     ]
     logging.info("%d of %d prompts have a reference of up to %d tokens", len(kept), len(rendered), max_response_tokens)
     if not kept:
@@ -124,9 +135,22 @@ def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response
     return kept
 
 
-def _reference_ids(one: Rendered, words: Tokenizer) -> list[int]:
-    """A space before it: the template ends without one, and most tokenizers join the space to the word."""
-    return [*words.encode(" " + one.record["reference"].strip(), add_special=False), words.eos_id]
+def reference_ids(one: Rendered, words: Tokenizer) -> list[int]:
+    """Returns the token ids of a prompt's reference as the model would write it behind that prompt.
+
+    Most tokenizers join a space to the word behind it, so that one comes first unless the prompt ends in whitespace or in a
+    special token, as most chat templates do.
+
+    Args:
+      one: a prompt.
+      words: the policy's tokenizer.
+
+    Returns:
+      Token ids, the end-of-sequence token included.
+    """
+    reference, end = one.record["reference"].strip(), words.decode(one.tokens[-1:])  # of a special token: ""
+    behind_word = end != "" and not end[-1].isspace()
+    return [*words.encode(f" {reference}" if behind_word else reference, add_special=False), words.eos_id]
 
 
 def _batches(
@@ -139,7 +163,7 @@ def _batches(
         tokens = np.full((len(rows), 1, max_response_tokens), words.pad_id, np.int32)
         lengths = np.zeros((len(rows), 1), np.int32)
         for row, one in enumerate(rows):
-            ids = _reference_ids(one, words)
+            ids = reference_ids(one, words)
             tokens[row, 0, : len(ids)], lengths[row] = ids, len(ids)
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), tokens, lengths
 
@@ -151,13 +175,15 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
 
     Args:
       config: a configuration that `config.validate` accepts.
-      output: where the model goes; replaced if it is there.
+      output: where the model goes; an older one that was made here is replaced.
 
     Raises:
-      ValueError: a field or file does not fit.
+      ValueError: a field or file does not fit, or the output holds something that was not made here.
       NotFiniteError: the loss is not finite.
     """
     begin = time.perf_counter()
+    if output.exists() and any(output.iterdir()) and not (output / RECIPE).exists():
+        raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
     policy = policies.load(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
     train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     limit, words = config.max_response_tokens, policy.tokenizer
@@ -177,7 +203,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     loss = jax.jit(functools.partial(negative_logprob, config=policy.config, learner_config=learner_config))
 
     def heldout_loss(trained: Params) -> float:
-        return float(np.mean([loss(trained, policy.frozen, *batch) for batch in heldout]))
+        return float(np.mean([loss(trained, policy.frozen, *batch, batch[2].sum()) for batch in heldout]))
 
     state = learner.init(policy.initial, learner_config)
     before = heldout_loss(state.trained)
@@ -189,12 +215,39 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
             metrics.check_finite({"train/loss": float(value)}, step, None)
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
-    policies.export(policy, state.trained, output)
-    (output / RECIPE).write_text(config.to_json() + "\n")
+    _write(policy, state.trained, config, output)
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "
         f"{time.perf_counter() - begin:.0f} s in all. The model is in {output}"
     )
+
+
+def _holds(output: Path, config: ml_collections.ConfigDict) -> bool:
+    """Whether a directory holds the model that a configuration makes."""
+    recipe = output / RECIPE
+    if not recipe.exists():
+        return False
+    try:
+        found = json.loads(recipe.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logging.warning("%s is not readable (%s): the model is made anew", recipe, error)
+        return False
+    return bool(found == json.loads(config.to_json()))
+
+
+def _write(policy: Policy, trained: Params, config: ml_collections.ConfigDict, output: Path) -> None:
+    """Puts a model with its recipe in the output's place when both are complete; what is there stays usable until then."""
+    output = output.resolve()  # of a link, what it points to is replaced
+    workshop = output.with_name(f".{output.name}.unfinished")  # on the same disk, or it could not be renamed
+    new, old = workshop / "new", workshop / "old"
+    if workshop.exists():  # a run was killed here
+        shutil.rmtree(workshop)
+    policies.export(policy, trained, new)
+    files.write_whole(new / RECIPE, config.to_json() + "\n")
+    if output.exists():
+        output.replace(old)
+    new.replace(output)
+    shutil.rmtree(workshop)
 
 
 def main() -> None:
@@ -204,14 +257,9 @@ def main() -> None:
     cache.keep_compiled_programs()
     console.prepare_devices()
     output = cache.resolve(config.output)
-    recipe = output / RECIPE
-    if recipe.exists() and json.loads(recipe.read_text()) == json.loads(config.to_json()):
+    if _holds(output, config):
         print(f"{output} holds this model already; nothing to do")
         return
-    if output.exists() and any(output.iterdir()):
-        if not recipe.exists():
-            raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
-        shutil.rmtree(output)
     fine_tune(config, output)
 
 

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, config, console, learner, policies, sft
+from sea_jax import cache, config, console, data, files, learner, policies, sft
+from sea_jax.data import Rendered
 from sea_jax.learner import LearnerConfig
+from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Prompts
 
 
@@ -43,6 +46,7 @@ def configured(output: Path, **fields: Any) -> ml_collections.ConfigDict:
 
 def run_main(settings: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "CONFIG", SimpleNamespace(value=settings))
+    monkeypatch.setattr(console, "DETERMINISTIC", SimpleNamespace(value=False))
     sft.main()
 
 
@@ -65,17 +69,95 @@ def test_it_learns_and_writes_a_policy_that_loads(
     assert (tmp_path / "policy" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_another_recipe_replaces_the_policy_but_never_a_foreign_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def made_with(target: Path) -> int:
+    policies.load(str(target), train_last_layers=1)
+    return json.loads((target / sft.RECIPE).read_text())["seed"]
+
+
+def test_another_or_torn_recipe_replaces_the_policy_but_never_a_foreign_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "policy"
     run_main(configured(target, steps=1), monkeypatch)
-    run_main(configured(target, steps=2), monkeypatch)
-    assert json.loads((target / sft.RECIPE).read_text())["steps"] == 2
-    (target / sft.RECIPE).unlink()
+    run_main(configured(target, steps=1, seed=1), monkeypatch)
+    assert made_with(target) == 1
+    recipe = target / sft.RECIPE
+    recipe.write_text(recipe.read_text()[:-9])
+    run_main(configured(target, steps=1, seed=1), monkeypatch)
+    assert made_with(target) == 1
+    assert f"{recipe} is not readable" in caplog.text
+    recipe.unlink()
     with pytest.raises(ValueError, match=r"config.output=.*holds something else"):
-        run_main(configured(target, steps=2), monkeypatch)
+        run_main(configured(target, steps=1), monkeypatch)
     assert (target / "model.safetensors").exists()
+
+
+def test_a_killed_run_leaves_the_older_policy_and_the_next_run_makes_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def kill(module: Any, place: str, settings: ml_collections.ConfigDict) -> None:
+        with monkeypatch.context() as patches:
+            patches.setattr(module, place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_main(settings, patches)
+
+    target = tmp_path / "policy"
+    older, newer = configured(target, steps=1), configured(target, steps=1, seed=1)
+    kill(files, "write_whole", older)
+    run_main(older, monkeypatch)
+    for module, place in ((sft, "update"), (files, "write_whole")):
+        kill(module, place, newer)
+        assert made_with(target) == 0
+    run_main(newer, monkeypatch)
+    assert made_with(target) == 1
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, link = tmp_path / "disk" / "policy", tmp_path / "link"
+    there.mkdir(parents=True)
+    link.symlink_to(there)
+    run_main(configured(link, steps=1), monkeypatch)
+    assert link.is_symlink()
+    assert made_with(there) == 0
+
+
+def test_microbatches_change_nothing_but_the_memory() -> None:
+    policy = policies.load("builtin:tiny-random-llama", train_last_layers=1)
+    rng = np.random.default_rng(0)
+    prompts = Prompts(jnp.asarray(rng.integers(3, 200, (8, 64)), jnp.int32), jnp.ones((8, 64), bool))
+    tokens = jnp.asarray(rng.integers(3, 200, (8, 1, 16)), jnp.int32)
+    lengths = jnp.array([[1], [16], [3], [9], [16], [2], [5], [1]])  # no two microbatches have as many tokens
+    results, memory = {}, {}
+    for size in (2, 8):
+        how = LearnerConfig(learning_rate=1e-2, microbatch_size=size)
+        state = learner.init(policy.initial, how)
+        lowered = sft.update.lower(
+            state, policy.frozen, prompts, tokens, lengths, config=policy.config, learner_config=how
+        )
+        step: Any = lowered.compile()
+        results[size] = step(state, policy.frozen, prompts, tokens, lengths)
+        memory[size] = step.memory_analysis().temp_size_in_bytes
+    (in_parts, loss_in_parts), (whole, loss) = results[2], results[8]
+    assert float(loss_in_parts) == pytest.approx(float(loss), abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), in_parts.trained, whole.trained)
+    moments = [optax.tree_utils.tree_get(state.opt_state, "mu") for state in (in_parts, whole)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), *moments)
+    assert memory[2] < memory[8] / 2
+
+
+@pytest.mark.parametrize(
+    ("ending", "space"), [(" summary:", True), ("\n", False), (" ", False), ("<|im_end|>", False), ("hi", True)]
+)
+def test_a_space_stands_between_words_and_nowhere_else(byte_tokenizer: Tokenizer, ending: str, space: bool) -> None:
+    prompt = byte_tokenizer.encode(f"What{ending}")
+    record = data.Record(id="1", prompt="What", reference=" The end. ")
+    ids = sft.reference_ids(Rendered(record, prompt), byte_tokenizer)
+    assert ids[-1] == byte_tokenizer.eos_id
+    assert byte_tokenizer.decode(ids) == " " * space + "The end."
 
 
 def test_the_loss_is_the_mean_over_reference_tokens() -> None:
@@ -84,7 +166,14 @@ def test_the_loss_is_the_mean_over_reference_tokens() -> None:
     tokens, lengths = jnp.array([[[8, 9, 0, 0]], [[3, 4, 5, 0]]]), jnp.array([[3], [4]])
     learner_config = LearnerConfig(microbatch_size=2)
     loss = sft.negative_logprob(
-        policy.reference, policy.frozen, prompts, tokens, lengths, config=policy.config, learner_config=learner_config
+        policy.reference,
+        policy.frozen,
+        prompts,
+        tokens,
+        lengths,
+        lengths.sum(),
+        config=policy.config,
+        learner_config=learner_config,
     )
     (values,) = learner.response_logprobs(
         policy.frozen,
