@@ -30,6 +30,17 @@ def rounded(length: int, bucket: int) -> int:
     return -(-length // bucket) * bucket
 
 
+def portions(count: int, batch_size: int) -> list[slice]:
+    """Returns which rows of a batch are worked on at a time.
+
+    Args:
+      count: B, at least 1.
+      batch_size: rows at a time; 0: all.
+    """
+    size = batch_size or count
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def pad(
     sequences: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int, left: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

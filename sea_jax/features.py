@@ -42,28 +42,33 @@ def from_sampler(batch: Mapping[str, Any], candidates: Candidates, texts: Texts)
     return candidates.features
 
 
-def of_reference(reference: Params, config: ModelConfig, sampling: SamplingConfig) -> Featurize:
+def of_reference(reference: Params, config: ModelConfig, sampling: SamplingConfig, batch_size: int = 0) -> Featurize:
     """Features are hidden states of the frozen reference policy, run again over what the trained policy wrote.
 
     Args:
       reference: the reference policy's parameters.
       config: ModelConfig.
       sampling: SamplingConfig; its feature_stack and dtype are used.
+      batch_size: prompts whose responses are read at a time, which bounds the memory of their activations; 0: all.
 
     Returns:
       Featurize.
     """
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
-        return generation.response_features(
-            reference,
-            Prompts(batch["tokens"], batch["valid"]),
-            candidates.tokens,
-            candidates.lengths,
-            config=config,
-            feature_stack=sampling.feature_stack,
-            dtype=sampling.dtype,
-        )
+        parts = [
+            generation.response_features(
+                reference,
+                Prompts(batch["tokens"][rows], batch["valid"][rows]),
+                candidates.tokens[rows],
+                candidates.lengths[rows],
+                config=config,
+                feature_stack=sampling.feature_stack,
+                dtype=sampling.dtype,
+            )
+            for rows in batching.portions(len(candidates.tokens), batch_size)
+        ]
+        return jnp.concatenate(parts)
 
     return featurize
 

@@ -24,7 +24,19 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sea_jax import batching, console, ensemble, experience, features, generation, learner, policies, sharding, wiring
+from sea_jax import (
+    batching,
+    console,
+    ensemble,
+    experience,
+    features,
+    generation,
+    learner,
+    policies,
+    responses,
+    sharding,
+    wiring,
+)
 from sea_jax import config as configuration
 from sea_jax.models import deberta, decoder, encoder, hf, partition, published, reward
 from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig, from_hf
@@ -37,8 +49,10 @@ TARGET = flags.DEFINE_string(
     "target", "cpu", "Compile for cpu, h100, or a TPU by its topology, such as v5p:2x2x2 or v6e:2x4."
 )
 
-# What XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take of a GPU; left to itself it takes three quarters.
-GPU_BYTES = {name: int(0.95 * size * 2**30) for name, size in (("A100-40G", 40), ("A100-80G", 80), ("H100", 80))}
+# What XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take of a GPU; left to itself it takes three quarters. The H100's memory
+# is the device_memory_size of _H100, which is less than its name says; the A100s' is that of their names.
+_MEMORIES = {"A100-40G": 40 * 2**30, "A100-80G": 80 * 2**30, "H100": 84_929_347_584}
+GPU_BYTES = {name: int(0.95 * size) for name, size in _MEMORIES.items()}
 TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30, "tpu7x": 96 * 2**30}  # a device
 MARGIN = 1.25  # a small real run's temporaries against the compiler's estimate
 
@@ -224,12 +238,18 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     def shape(dtype: Any, *sizes: int) -> Any:
         return whole(jax.ShapeDtypeStruct(sizes, dtype), mesh)
 
-    rows = data.batch_size
-    prompts = Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
+    def prompts(rows: int) -> Prompts:
+        return Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
+
+    def written(rows: int, samples: int, tokens: int) -> tuple[Any, Any]:
+        return shape(jnp.int32, rows, samples, tokens), shape(jnp.int32, rows, samples)
+
+    rows, answered = data.batch_size, sampling.batch_size or data.batch_size
+    tokens, lengths = written(rows, 2, sampling.max_new_tokens)
     pairs = PreferenceBatch(
-        prompts=prompts,
-        tokens=shape(jnp.int32, rows, 2, sampling.max_new_tokens),
-        lengths=shape(jnp.int32, rows, 2),
+        prompts=prompts(rows),
+        tokens=tokens,
+        lengths=lengths,
         labels=shape(jnp.float32, rows),
         weights=shape(jnp.float32, rows),
     )
@@ -248,23 +268,43 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
         feature_stack=cut.feature_stack,
         dtype=config.policy.dtype,
     )
+    many = dataclasses.replace(drawn, num_samples=config.eval.best_of_n, max_new_tokens=config.eval.max_new_tokens)
     key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    answered = sampling.batch_size or rows
-    asked = Prompts(shape(jnp.int32, answered, bucketed), shape(jnp.bool_, answered, bucketed))
-    sample = functools.partial(
-        generation.generate.lower, learner.join(frozen, trained), asked, key, config=model, sampling=drawn
-    )
-    rows = config.eval.batch_size
-    greedy = dataclasses.replace(drawn, num_samples=1, max_new_tokens=config.eval.max_new_tokens, temperature=0.0)
-    heldout = Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
-    evaluate = functools.partial(
-        generation.generate.lower, learner.join(frozen, trained), heldout, key, config=model, sampling=greedy
-    )
-    steps = [
-        compiled("train", train, platform),
-        compiled("sample", sample, platform, cache_bytes(model, drawn, answered, bucketed, mesh)),
-        compiled("evaluate", evaluate, platform, cache_bytes(model, greedy, rows, bucketed, mesh)),
-    ]
+
+    def writing(name: str, rows: int, how: generation.SamplingConfig) -> Step:
+        lower = functools.partial(
+            generation.generate.lower, learner.join(frozen, trained), prompts(rows), key, config=model, sampling=how
+        )
+        return compiled(name, lower, platform, cache_bytes(model, how, rows, bucketed, mesh))
+
+    def reading(name: str, how: generation.SamplingConfig) -> Step:
+        lower = functools.partial(
+            generation.response_features.lower,
+            learner.join(frozen, reference),
+            prompts(answered),
+            *written(answered, how.num_samples, how.max_new_tokens),
+            config=model,
+            feature_stack=how.feature_stack,
+            dtype=how.dtype,
+        )
+        return compiled(name, lower, platform)
+
+    steps = [compiled("train", train, platform)]
+    if config.actor.kind == "in_process":
+        steps.append(writing("sample", answered, drawn))
+        steps.append(
+            writing("evaluate", config.eval.batch_size, dataclasses.replace(many, num_samples=1, temperature=0.0))
+        )
+        if many.num_samples:
+            steps.append(writing("best of N", answered, many))
+    else:  # servers write
+        if config.actor.lag or config.actor.sync_every > 1:
+            held["policy copy for the engine"] = bytes_per_device(trained)
+        compared = written(rows, min(responses.COMPARED, drawn.num_samples), drawn.max_new_tokens)
+        check = functools.partial(
+            wiring.logprobs.lower, frozen, trained, prompts(rows), *compared, config=model, dtype=drawn.dtype
+        )
+        steps.append(compiled("log-prob check", check, platform))
 
     # ------------------------------------------------------------------------------------------------------------ ERM
     width = model.d_model
@@ -272,6 +312,10 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
         with configuration.naming("erm.trunk", config.erm.trunk):
             held["ERM trunk"], step, width = trunk_step(describe(config.erm.trunk), config.erm, shape)
         steps.append(compiled("features", step, platform))
+    elif not (cut.features_are_frozen and config.actor.kind == "in_process"):  # else the sampler reads them
+        steps.append(reading("features", drawn))
+        if many.num_samples:
+            steps.append(reading("best-of-N features", many))
     erm = wiring.ensemble_config(config.erm)
     replay = jax.eval_shape(functools.partial(experience.empty_replay, wiring.replay_capacity(config), width))
     replay = partition.abstract_batches(replay)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sea_jax import features, tiny_random
+from sea_jax import features, generation, tiny_random
+from sea_jax.generation import SamplingConfig
 from sea_jax.models import encoder, hf
 from sea_jax.models.config import EncoderConfig, from_hf
 from sea_jax.types import Candidates
+from tests import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sea", "salt", "is", "why", "wet", "it"]
 
@@ -92,6 +94,32 @@ def test_an_over_long_prompt_loses_its_beginning_and_the_response_stays_whole(tr
     (found,) = features.of_trunk(str(trunk))({"prompt": [" ".join(prompt)]}, NOTHING, [["it is wet"]])
     expected = by_hand(trunk, prompt[-10:], ["it", "is", "wet"])  # 16 positions: [CLS] 10 [SEP] 3 [SEP]
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "read"), [(0, [4]), (2, [2, 2]), (8, [4])])
+def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
+    batch_size: int, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, prompts, random = tiny.params(cuts=(2,)), tiny.prompts(3, 8, 1, 5), np.random.default_rng(0)
+    tokens = random.integers(0, tiny.CONFIG.vocab_size, (4, 3, 6), dtype=np.int32)
+    written = Candidates(jnp.asarray(tokens), jnp.asarray(random.integers(1, 7, (4, 3))), NOTHING, NOTHING)  # type: ignore[arg-type]
+    at_a_time: list[int] = []
+
+    def counted(params: object, prompts: object, tokens: jax.Array, *arguments: object, **named: object) -> jax.Array:
+        at_a_time.append(len(tokens))
+        return original(params, prompts, tokens, *arguments, **named)
+
+    original = generation.response_features
+    monkeypatch.setattr(generation, "response_features", counted)
+    how = SamplingConfig(num_samples=3, max_new_tokens=6, eos_ids=(0,), pad_id=0, feature_stack=1)
+    featurize = features.of_reference(params, tiny.CONFIG, how, batch_size)
+    found = featurize({"tokens": np.asarray(prompts.tokens), "valid": np.asarray(prompts.valid)}, written, ())
+    assert at_a_time == read
+    for row, column in [(0, 0), (1, 1), (3, 2)]:
+        length = int(written.lengths[row, column])
+        prompt, response = tiny.prompt_ids(prompts, row), tokens[row, column, :length].tolist()
+        hidden = tiny.hidden_states(params, prompt + response, num_stacks=1)
+        np.testing.assert_allclose(found[row, column], hidden[len(prompt) :].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_decoder_is_refused_as_a_trunk() -> None:

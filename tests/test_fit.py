@@ -1,15 +1,21 @@
 """What fit says of a run against what a run takes, and against sums by hand."""
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import pytest
 
 from configs import tldr
-from sea_jax import fit, sharding, wiring
+from sea_jax import data, ensemble, fit, generation, sharding, wiring
 from sea_jax.models.config import ModelConfig
+from sea_jax.types import Array, Candidates, Params, Prompts
 from tests import sharded_run
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +40,133 @@ def test_what_is_held_is_what_a_run_puts_on_each_device(shape: tuple[int, ...], 
     assert held["ERM heads and replay"] == first_device_bytes((state.ensemble, state.replay))
     assert {step.name for step in steps} == {"train", "sample", "evaluate", "features", "ERM", "score"}
     assert all(step.temporary_bytes > 0 for step in steps)
+
+
+Planned = tuple[dict[str, int], dict[str, Callable[[], Any]]]  # bytes that are held; what lowers each step
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ml_collections.ConfigDict:
+    """The tiny configuration on two devices, with no two sizes alike where they could be mistaken for each other."""
+    sharded_run.write_models(tmp_path)
+    config = sharded_run.configured((1, 2, 1), tmp_path)
+    config.sampling.batch_size, config.sampling.temperature = 4, 0.6
+    config.eval.batch_size, config.eval.max_new_tokens = 6, 5
+    return config
+
+
+@pytest.fixture
+def mesh() -> Iterator[jax.sharding.Mesh]:
+    mesh = sharding.make((1, 2, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, mesh: jax.sharding.Mesh) -> Callable[[ml_collections.ConfigDict], Planned]:
+    """Measures without compiling."""
+
+    def planned(config: ml_collections.ConfigDict) -> Planned:
+        lowers: dict[str, Callable[[], Any]] = {}
+
+        def note(name: str, step: Callable[[], Any], platform: str, cache_bytes: int = 0) -> fit.Step:
+            lowers[name] = step
+            return fit.Step(name, 1, cache_bytes, 0.0)
+
+        monkeypatch.setattr(fit, "compiled", note)
+        return fit.measure(config, mesh)[0], lowers
+
+    return planned
+
+
+def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    plan: Callable[[ml_collections.ConfigDict], Planned],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config.erm.trunk, config.eval.best_of_n = "", 3
+    config.oracle.kind = "configs.tiny_random:prefers_many_es"
+    calls: set[object] = set()
+
+    class Generate:
+        """In place of the sampler: notes how it is called or lowered, and writes one token to each prompt."""
+
+        def lower(self, params: Params, prompts: Prompts, key: Array, *, config: object, sampling: Any) -> None:
+            calls.add((len(prompts.tokens), dataclasses.replace(sampling, eos_ids=(0,), pad_id=0)))
+
+        def __call__(
+            self, params: Params, prompts: Prompts, key: Array, *, config: object, sampling: Any
+        ) -> Candidates:
+            self.lower(params, prompts, key, config=config, sampling=sampling)
+            shape = (len(prompts.tokens), sampling.num_samples, sampling.max_new_tokens)
+            tokens = jnp.zeros(shape, jnp.int32)
+            return Candidates(tokens, jnp.ones(shape[:2], jnp.int32), jnp.zeros(shape), jnp.zeros((*shape[:2], 0)))
+
+    class Read:
+        """In place of the features' forward pass, likewise."""
+
+        def lower(self, params: Params, prompts: Prompts, tokens: Array, lengths: Array, **how: Any) -> None:
+            assert prompts.tokens.shape[:1] == tokens.shape[:1]
+            calls.add((jax.tree.structure(params), tokens.shape, lengths.shape, *how.values()))
+
+        def __call__(self, params: Params, prompts: Prompts, tokens: Array, lengths: Array, **how: Any) -> Array:
+            self.lower(params, prompts, tokens, lengths, **how)
+            return jnp.zeros((*lengths.shape, 64))
+
+    monkeypatch.setattr(generation, "generate", Generate())
+    monkeypatch.setattr(generation, "response_features", Read())
+    _, lowers = plan(config)
+    for name in ("sample", "evaluate", "best of N", "features", "best-of-N features"):
+        lowers[name]()
+    compiled, calls = calls, set()
+    assert len(compiled) == 5
+
+    parts = wiring.parts(config, mesh)
+    trained, key = parts.policy.reference, jax.random.key(0)
+    batch, _ = next(data.once(parts.train_prompts, batch_size=8, **parts.padding(32)))
+    with wiring.responder(config, parts, lambda number: batch, Path()) as responder:
+        asked = Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"]))
+        candidates, _ = responder.respond(0, trained, asked, key, 0)
+    parts.features(batch, candidates, ())
+    heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
+    heads = ensemble.init(wiring.ensemble_config(config.erm), parts.num_features, key)
+    heldout.best_of_n(trained, heads, 0)
+    assert calls == compiled
+
+
+def test_features_that_the_sampler_reads_are_not_read_again(
+    config: ml_collections.ConfigDict, plan: Callable[[ml_collections.ConfigDict], Planned]
+) -> None:
+    config.erm.trunk, config.erm.feature_layer, config.policy.train_last_layers = "", 1, 1
+    assert set(plan(config)[1]) == {"train", "sample", "evaluate", "ERM", "score"}
+
+
+@pytest.mark.parametrize(("lag", "sync_every", "copies"), [(0, 1, 0), (1, 1, 1), (0, 3, 1), (1, 3, 1)])
+def test_where_servers_write_the_learner_checks_their_log_probs(
+    config: ml_collections.ConfigDict,
+    plan: Callable[[ml_collections.ConfigDict], Planned],
+    lag: int,
+    sync_every: int,
+    copies: int,
+) -> None:
+    config.erm.trunk, config.erm.feature_layer, config.policy.train_last_layers = "", 1, 1
+    config.eval.best_of_n = 3
+    config.actor.kind, config.actor.urls, config.oracle.kind = "bridge", "http://a:1", "remote"
+    config.actor.lag, config.actor.sync_every = lag, sync_every
+    held, lowers = plan(config)
+    assert set(lowers) == {"train", "log-prob check", "features", "best-of-N features", "ERM"}
+    assert "reward model" not in held
+    assert held.get("policy copy for the engine", 0) == pytest.approx(copies * held["optimiser"] / 2, abs=8)  # a moment
+    lowered = lowers["log-prob check"]()
+    assert lowered.out_info.shape == (8, 2, 8)  # two responses to each prompt of the whole batch
+    assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
+
+
+def test_the_h100_has_what_is_compiled_for() -> None:
+    (size,) = (line.split()[1] for line in fit._H100.splitlines() if "device_memory_size" in line)
+    assert fit.GPU_BYTES["H100"] == int(0.95 * int(size))
+    assert fit.GPU_BYTES["H100"] < fit.GPU_BYTES["A100-80G"]
 
 
 def test_cached_keys_and_values_by_hand() -> None:
