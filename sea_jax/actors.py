@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sea_jax import generation, learner, processes
+from sea_jax import batching, generation, learner, processes
 from sea_jax.generation import SamplingConfig
-from sea_jax.models import hf
+from sea_jax.models import hf, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, Candidates, OtherVersion, Params, PolicyServers, Prompts, Response
 
@@ -46,19 +46,13 @@ def in_process(frozen: Params, config: ModelConfig, sampling: SamplingConfig, ba
     """
 
     def generate(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
-        params = learner.join(frozen, trained)
-        count = len(prompts.tokens)
-        if not 0 < batch_size < count:
-            return generation.generate(params, prompts, key, config=config, sampling=sampling)
+        write = functools.partial(generation.generate, learner.join(frozen, trained), config=config, sampling=sampling)
+        portions = batching.portions(len(prompts.tokens), batch_size)
+        if len(portions) == 1:
+            return write(prompts, key)
         parts = [
-            generation.generate(
-                params,
-                jax.tree.map(lambda x, start=start: x[start : start + batch_size], prompts),
-                jax.random.fold_in(key, start),
-                config=config,
-                sampling=sampling,
-            )
-            for start in range(0, count, batch_size)
+            write(Prompts(prompts.tokens[rows], prompts.valid[rows]), jax.random.fold_in(key, rows.start))
+            for rows in portions
         ]
         return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
 
@@ -75,9 +69,8 @@ def bridge(
     sampling: SamplingConfig,
     *,
     weights_dtype: str = "bfloat16",
-    sync_every: int = 1,
 ) -> Generate:
-    """Servers write, with weights that they are given when theirs are too old.
+    """Servers write, with weights that they are given when theirs are others.
 
     Each prompt has a seed of its own, drawn from the key, so that it does not matter which server answers it.
 
@@ -87,7 +80,6 @@ def bridge(
       config: ModelConfig.
       sampling: SamplingConfig; the weights are rounded to its dtype, as those of the policy in this process are.
       weights_dtype: of the weights on their way.
-      sync_every: k; servers may have a version up to k - 1 policy steps old, that of the last multiple of k.
 
     Returns:
       Generate; its candidates have no features: [B, M, 0]. It raises ValueError where the servers have another version
@@ -121,9 +113,7 @@ def bridge(
 
         with servers.turn:
             for _ in range(PUSHES):
-                name, fault = _synchronised(
-                    servers, frozen, trained, config, version, sync_every, sampling.dtype, weights_dtype
-                )
+                name, fault = _synchronised(servers, frozen, trained, config, version, sampling.dtype, weights_dtype)
                 reason = fault or reason
                 written = processes.by_first(functools.partial(write, name), None, "the policy servers")
                 if processes.of_first(written is not None):
@@ -142,19 +132,12 @@ def _synchronised(
     trained: Params,
     config: ModelConfig,
     version: int,
-    sync_every: int,
     dtype: str,
     weights_dtype: str,
 ) -> tuple[str, str]:
-    """Lets all servers that are up have one version that is new enough: its name, and why a push failed."""
-    oldest = version // sync_every * sync_every
-    accepted = {f"{servers.run}.{number}": number for number in range(oldest, version + 1)}
+    """Lets all servers that are up have a version: its name, and why a push failed."""
     nobody: Mapping[str, str] = {}
     found = processes.by_first(servers.versions, nobody, "the policy servers")
-    names = set(found.values())
-    number = processes.of_first(accepted.get(names.pop(), -1) if len(names) == 1 else -1)
-    if number >= 0:
-        return f"{servers.run}.{number}", ""
     name, fault = f"{servers.run}.{version}", ""
     bases: dict[str | None, list[str]] = {}
     for url, served in found.items():
@@ -164,7 +147,7 @@ def _synchronised(
 
     def tensors(params: Params, last_part: bool) -> dict[str, np.ndarray]:
         # Rounded as the actor in this process rounds them: the initial policy, kept in this dtype, has the same weights.
-        rounded = jax.tree.map(lambda x: x.astype(dtype), processes.fetch(params))
+        rounded = partition.cast(processes.fetch(params), dtype)
         return hf.to_tensors(config, rounded, weights_dtype, last_part=last_part) if processes.is_first() else {}
 
     def push(pushed: Mapping[str, np.ndarray], some: Mapping[str | None, Sequence[str]]) -> str:

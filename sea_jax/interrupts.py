@@ -8,7 +8,7 @@ from absl import logging
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after a step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -27,4 +27,7 @@ class Interrupts:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        logging.warning("%s: stopping after this step; once more stops at once", signal.Signals(number).name)
+        logging.warning(
+            "%s: stopping as soon as all is saved, most often after this step; once more stops at once",
+            signal.Signals(number).name,
+        )

@@ -30,13 +30,12 @@ class Written:
     Attributes:
       candidates: Candidates.
       version: how many policy steps had made the policy that wrote them.
-      logprob_gap: mean over tokens of |log-prob of who wrote them - log-prob of the learner's policy of that version|;
-        None where the learner had gone on from that version.
+      logprob_gap: mean over tokens of |log-prob of who wrote them - log-prob of the learner's policy of that version|.
     """
 
     candidates: Candidates
     version: int
-    logprob_gap: float | None
+    logprob_gap: float
 
 
 class Journal:
@@ -111,6 +110,16 @@ class Journal:
         return self._directory / f"{number}.npz"
 
 
+def resumable(version: int, sync_every: int) -> bool:
+    """Whether a run can go on from here: it has the weights that are to write next, its own or the initial policy's.
+
+    Args:
+      version: policy steps.
+      sync_every: policy steps after which who writes is given the new weights.
+    """
+    return version % sync_every == 0 or version < sync_every
+
+
 class Responses:
     """Answers batch after batch, from the journal where it can.
 
@@ -124,6 +133,7 @@ class Responses:
         journal: Journal,
         *,
         max_logprob_gap: float,
+        initial: Params,
         sync_every: int = 1,
         next_batch: Callable[[int], tuple[Prompts, Array]] | None = None,
     ) -> None:
@@ -134,11 +144,13 @@ class Responses:
           logprobs: trained parameters, Prompts, tokens [B, m, T], lengths [B, m] -> the learner's log-probs [B, m, T].
           journal: Journal.
           max_logprob_gap: nats per token; a greater one stops the run.
-          sync_every: policy steps after which who writes is given the new weights.
+          initial: the initial policy's, which writes until it is given others.
+          sync_every: policy steps after which who writes is given the new weights; above 1 they are kept here, too.
           next_batch: number of a batch -> its prompts and the key that it is answered with; None: nothing is written ahead.
         """
         self._generate, self._logprobs, self._journal = generate, logprobs, journal
         self._max_logprob_gap, self._sync_every, self._next_batch = max_logprob_gap, sync_every, next_batch
+        self._held = initial, 0
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[int, Prompts, Params, int, Future[Candidates]] | None = None
 
@@ -169,18 +181,30 @@ class Responses:
           ValueError: the learner and whoever wrote the responses disagree on their log-probs.
         """
         self.settle()
+        weights, of_version = self._due(trained, version)  # whatever the journal holds: the next batch may need them
         written = self._journal.find(number)
         if written is None:
-            written = self._finished(prompts, trained, version, self._generate(trained, prompts, key, version))
+            written = self._finished(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
             self._journal.record(number, written)
         if self._next_batch is not None and self._journal.find(number + 1) is None:
             following, following_key = self._next_batch(number + 1)
-            copy = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
-            future = self._thread.submit(self._generate, copy, following, following_key, version)
-            self._pending = (number + 1, following, copy, version, future)
+            if weights is trained:
+                weights = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
+            future = self._thread.submit(self._generate, weights, following, following_key, of_version)
+            self._pending = (number + 1, following, weights, of_version, future)
         candidates = jax.tree.map(jnp.asarray, written.candidates)
-        gap = {} if written.logprob_gap is None else {"actor/logprob_gap": written.logprob_gap}
-        return candidates, {"actor/staleness": version - written.version} | gap
+        staleness = version - written.version
+        return candidates, {"actor/staleness": staleness, "actor/logprob_gap": written.logprob_gap}
+
+    def _due(self, trained: Params, version: int) -> tuple[Params, int]:
+        """The weights of the last multiple of `sync_every`, and their version."""
+        if self._sync_every == 1:
+            return trained, version
+        due = version - version % self._sync_every
+        if self._held[1] != due:
+            assert version == due, "a run goes on where `resumable` says"
+            self._held = jax.tree.map(jnp.copy, trained), version
+        return self._held
 
     def settle(self) -> None:
         """Returns when what is being written ahead is on disk; a checkpoint must not be saved before."""
@@ -190,10 +214,7 @@ class Responses:
             self._journal.record(number, self._finished(prompts, trained, version, future.result()))
 
     def _finished(self, prompts: Prompts, trained: Params, version: int, candidates: Candidates) -> Written:
-        """Compares log-probs where both have the same weights."""
-        behind = version % self._sync_every
-        if behind:
-            return Written(candidates, version - behind, None)
+        """Compares the log-probs of who wrote with the learner's under the same weights."""
         some, lengths = candidates.tokens[:, :COMPARED], candidates.lengths[:, :COMPARED]
         own = np.asarray(self._logprobs(trained, prompts, some, lengths))
         valid = np.arange(own.shape[-1]) < np.asarray(lengths)[..., None]

@@ -125,7 +125,11 @@ def texts(words: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
 
 
 def featurize(
-    config: ml_collections.ConfigDict, loaded: Policy, how: SamplingConfig, actor: str = "in_process"
+    config: ml_collections.ConfigDict,
+    loaded: Policy,
+    how: SamplingConfig,
+    actor: str = "in_process",
+    batch_size: int = 0,
 ) -> features.Featurize:
     """Returns where the ERM's features come from.
 
@@ -134,6 +138,7 @@ def featurize(
       loaded: Policy.
       how: SamplingConfig.
       actor: who writes; the sampler in this process alone reads features on its way.
+      batch_size: the reference policy reads the responses to so many prompts at a time; 0: to all of a batch.
 
     Returns:
       Featurize.
@@ -143,7 +148,7 @@ def featurize(
             return features.of_trunk(config.trunk, dtype=config.trunk_dtype, batch_size=config.trunk_batch_size)
     if loaded.features_are_frozen and actor == "in_process":
         return features.from_sampler
-    return features.of_reference(learner.join(loaded.frozen, loaded.reference), loaded.config, how)
+    return features.of_reference(learner.join(loaded.frozen, loaded.reference), loaded.config, how, batch_size)
 
 
 def num_features(config: ml_collections.ConfigDict, loaded: Policy) -> int:
@@ -308,18 +313,17 @@ class Parts:
         """Returns how batches of prompts are padded."""
         return {"pad_id": self.policy.tokenizer.pad_id, "bucket": bucket}
 
-    def generate(self, how: SamplingConfig, batch_size: int = 0, sync_every: int = 1) -> Generate:
+    def generate(self, how: SamplingConfig, batch_size: int = 0) -> Generate:
         """Returns an actor that writes with this policy.
 
         Args:
           how: SamplingConfig.
           batch_size: this process writes to so many prompts at a time; 0: to all of a batch.
-          sync_every: servers are given the weights again after so many policy steps.
         """
         frozen, model = self.policy.frozen, self.policy.config
         if self.servers is None:
             return actors.in_process(frozen, model, how, batch_size)
-        return actors.bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype, sync_every=sync_every)
+        return actors.bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
 
 
 def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) -> Parts:
@@ -355,7 +359,7 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) 
         heldout_prompts=heldout_prompts,
         preference=preference(config.oracle, config.bridge_token_file),
         sampling=how,
-        features=featurize(config.erm, loaded, how, config.actor.kind),
+        features=featurize(config.erm, loaded, how, config.actor.kind, config.sampling.batch_size),
         num_features=num_features(config.erm, loaded),
         servers=policy_servers(config.actor, config.bridge_token_file) if config.actor.kind == "bridge" else None,
         weights_dtype=config.actor.weights_dtype,
@@ -483,6 +487,37 @@ def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def logprobs(
+    frozen: Params,
+    trained: Params,
+    prompts: Prompts,
+    tokens: Array,
+    lengths: Array,
+    *,
+    config: ModelConfig,
+    dtype: str,
+) -> Array:
+    """Returns the learner's own log-probs of responses that others wrote.
+
+    Args:
+      frozen: the frozen part of the policy's parameters.
+      trained: the trained part.
+      prompts: Prompts, [B, P].
+      tokens: [B, m, T] int32.
+      lengths: [B, m] int32.
+      config: ModelConfig.
+      dtype: compute dtype.
+
+    Returns:
+      [B, m, T] float32; 0 on padding.
+    """
+    (own,) = learner.response_logprobs(
+        frozen, (trained,), prompts, tokens, lengths, config=config, remat=False, dtype=dtype
+    )
+    return partition.whole(own)
+
+
 @dataclass(frozen=True)
 class Responder:
     """Who answers the batches of prompts.
@@ -513,20 +548,13 @@ def responder(
     Yields:
       Responder.
     """
-    generate = loaded.generate(loaded.sampling, config.sampling.batch_size, config.actor.sync_every)
+    generate = loaded.generate(loaded.sampling, config.sampling.batch_size)
     if config.actor.kind == "in_process":
         yield Responder(actors.at_once(generate), lambda: None, lambda batches: None)
         return
     if config.actor.lag and jax.process_count() > 1:
         raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
     policy = loaded.policy
-
-    @jax.jit
-    def logprobs(frozen: Params, trained: Params, prompts: Prompts, tokens: Array, lengths: Array) -> Array:
-        (own,) = learner.response_logprobs(
-            frozen, (trained,), prompts, tokens, lengths, config=policy.config, remat=False, dtype=config.policy.dtype
-        )
-        return partition.whole(own)
 
     def following(number: int) -> tuple[Prompts, Array]:
         batch = batches(number)  # without planning, batch i is that of step i
@@ -536,9 +564,10 @@ def responder(
     journal = responses.Journal(directory, config.checkpoint.keep)
     with responses.Responses(
         generate,
-        functools.partial(logprobs, policy.frozen),
+        functools.partial(logprobs, policy.frozen, config=policy.config, dtype=config.policy.dtype),
         journal,
         max_logprob_gap=config.actor.max_logprob_gap,
+        initial=policy.reference,
         sync_every=config.actor.sync_every,
         next_batch=following if config.actor.lag else None,
     ) as answers:

@@ -145,18 +145,6 @@ def test_weights_are_rounded_as_this_process_rounds_them():
     assert (servers.tensors[name] != fine["stacks"][0]["up"]["kernel"][0].T).any()
 
 
-def test_every_few_steps():
-    servers = Fake()
-    write(servers, 0, 1, 2, 3, 4, 5, 6, sync_every=3)
-    assert [push[0] for push in servers.pushes] == ["run.0", "run.3", "run.6"]
-    write(servers, 7)  # an evaluation wants the newest, and leaves it there
-    write(servers, 8, sync_every=3)
-    assert [push[0] for push in servers.pushes] == ["run.0", "run.3", "run.6", "run.7"]
-    servers.served["b"] = "initial"
-    write(servers, 8, sync_every=3)  # all must have the same
-    assert servers.pushes[4:] == [("run.8", ["b"], None, EVERYTHING), ("run.8", ["a"], "run.7", CHANGED)]
-
-
 def test_a_server_that_has_restarted_is_given_everything_again():
     servers = Fake()
     write(servers, 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sea_jax.responses import Journal, Responses, Written
+from sea_jax.responses import Journal, Responses, Written, resumable
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 SHAPE = (2, 3, 4)  # B, M, T
@@ -46,10 +46,17 @@ def learners(trained: Params, prompts: Prompts, tokens: Array, lengths: Array) -
     return jnp.where(valid, -1.0, 99.0)
 
 
-def opened(directory: Path, writer: Writer, *, ahead: bool = False, keep: int = 2) -> tuple[Responses, Journal]:
+INITIAL = {"w": jnp.float32(0)}
+
+
+def opened(
+    directory: Path, writer: Writer, *, ahead: bool = False, keep: int = 2, sync_every: int = 1
+) -> tuple[Responses, Journal]:
     journal = Journal(directory, keep)
     following = (lambda number: (prompts(number), key(number))) if ahead else None
-    return Responses(writer, learners, journal, max_logprob_gap=0.05, next_batch=following), journal
+    return Responses(
+        writer, learners, journal, max_logprob_gap=0.05, initial=INITIAL, sync_every=sync_every, next_batch=following
+    ), journal
 
 
 def ask(responses: Responses, number: int, version: int) -> tuple[Candidates, Any]:
@@ -112,11 +119,42 @@ def test_a_writer_that_computes_something_else_stops_the_run(logprob: float, tmp
     assert journal.find(0) is None
 
 
-def test_between_two_pushes_the_log_probs_are_not_compared(tmp_path: Path) -> None:
-    responses = Responses(Writer(-9.0), learners, Journal(tmp_path, 1), max_logprob_gap=0.05, sync_every=3)
-    assert ask(responses, 0, 5)[1] == {"actor/staleness": 2}
-    with pytest.raises(ValueError, match="logprob_gap"):
-        ask(responses, 1, 6)
+def ask_and_take(responses: Responses, number: int) -> dict[str, float]:
+    """Asks for batch after batch, one policy step each; the learner's next step takes the parameters' buffers."""
+    trained = {"w": jnp.float32(number)}
+    _, report = responses(number, trained, prompts(number), key(number), number)
+    responses.settle()
+    trained["w"].delete()
+    return dict(report)
+
+
+def test_weights_are_kept_between_two_pushes(tmp_path: Path) -> None:
+    writer = Writer()
+    responses, _ = opened(tmp_path, writer, sync_every=3)
+    reports = [ask_and_take(responses, number) for number in range(7)]
+    assert writer.asked == [(0, 0, 0.0), (1, 0, 0.0), (2, 0, 0.0), (3, 3, 3.0), (4, 3, 3.0), (5, 3, 3.0), (6, 6, 6.0)]
+    assert [report["actor/staleness"] for report in reports] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("saved", [1, 2, 3, 6])
+def test_a_run_that_goes_on_where_it_may_writes_with_the_same_weights(tmp_path: Path, saved: int, ahead: bool) -> None:
+    undisturbed, first, second = Writer(), Writer(), Writer()
+    responses, _ = opened(tmp_path / "undisturbed", undisturbed, sync_every=3, ahead=ahead)
+    expected = [ask_and_take(responses, number) for number in range(9)]
+    responses, _ = opened(tmp_path / "killed", first, sync_every=3, ahead=ahead)
+    for number in range(saved + 1):  # one more batch than the checkpoint knows of
+        ask_and_take(responses, number)
+    assert resumable(saved, 3)
+    responses, _ = opened(tmp_path / "killed", second, sync_every=3, ahead=ahead)
+    assert [ask_and_take(responses, number) for number in range(saved, 9)] == expected[saved:]
+    assert first.asked + second.asked == undisturbed.asked
+
+
+def test_where_a_run_cannot_go_on() -> None:
+    assert [version for version in range(9) if not resumable(version, 3)] == [4, 5, 7, 8]
+    assert all(resumable(version, 1) for version in range(9))
+    assert all(resumable(version, 1000) for version in range(9))
 
 
 def test_a_failure_of_what_is_written_ahead_comes_up_where_it_is_needed(tmp_path: Path) -> None:
