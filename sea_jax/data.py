@@ -1,7 +1,7 @@
 """Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypedDict
@@ -18,6 +18,8 @@ from sea_jax.tokenizer import Tokenizer
 
 # Two texts are near-duplicates if they share this share of the shorter one's runs of four words.
 NEAR_DUPLICATE_SHARE = 1 / 3
+# A run of words that more than this share of the held-out prompts, and more than so many of them, have is a template's.
+BOILERPLATE_SHARE, BOILERPLATE_TIMES = 0.05, 4
 PROMPTS_COMPARED = 256  # with all others at a time: keeps the table of what they share small
 
 
@@ -87,7 +89,8 @@ def load(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]
     if not train or not heldout:
         raise ValueError(
             f"data.source={config.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
-            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the data"
+            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the data. Prompts that nearly "
+            "repeat a held-out one are left out of training"
         )
     logging.info("%d training prompts, %d held out", len(train), len(heldout))
     return train, heldout
@@ -124,17 +127,21 @@ def without_near_duplicates(records: Sequence[Record], others: Sequence[Record])
 
     Args:
       records: what to choose from.
-      others: what to keep clear of.
+      others: what to keep clear of; a wording that many of them share, such as that of a template, is no sign of nearness.
     """
     column_of: dict[tuple[str, ...], int] = defaultdict(itertools.count().__next__)
-    columns_of_others = [[column_of[shingle] for shingle in word_shingles(other["prompt"])] for other in others]
+    shingles_of_others = [word_shingles(other["prompt"]) for other in others]
+    times = Counter(itertools.chain.from_iterable(shingles_of_others))
+    most = max(BOILERPLATE_TIMES, BOILERPLATE_SHARE * len(others))
+    boilerplate = {shingle for shingle, count in times.items() if count > most}
+    columns_of_others = [[column_of[shingle] for shingle in own - boilerplate] for own in shingles_of_others]
     sizes_of_others = np.array([len(columns) for columns in columns_of_others])
     known = set(column_of)
     with_shingle = incidence(columns_of_others, len(known)).T.tocsr()
     kept: list[Record] = []
     for start in range(0, len(records), PROMPTS_COMPARED):
         part = records[start : start + PROMPTS_COMPARED]
-        shingles_of_part = [word_shingles(record["prompt"]) for record in part]
+        shingles_of_part = [word_shingles(record["prompt"]) - boilerplate for record in part]
         sizes = np.array([len(shingles) for shingles in shingles_of_part])
         columns_of_part = [[column_of[shingle] for shingle in shingles & known] for shingles in shingles_of_part]
         shared = (incidence(columns_of_part, len(known)) @ with_shingle).tocoo()
@@ -174,15 +181,8 @@ def render(prompt: str, tokenizer: Tokenizer, *, template: str, chat: bool, syst
       tokenizer: the model's.
       template: a text with `{prompt}` in it once, which the prompt takes the place of; other braces are left alone.
       chat: make the result a user's turn in the tokenizer's chat template.
-      system: the system message before that turn; "": what the chat template does without one.
-
-    Raises:
-      ValueError: the template or the system message cannot be used.
+      system: the system message before that turn; "": what the chat template does without one; not read unless `chat`.
     """
-    if template.count("{prompt}") != 1:
-        raise ValueError(f"data.template is {template!r}; it must contain {{prompt}} exactly once")
-    if system and not chat:
-        raise ValueError("data.system is set and data.chat is False: only a chat template has a place for it")
     text = template.replace("{prompt}", prompt)
     if not chat:
         return tokenizer.encode(text)

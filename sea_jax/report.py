@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sea_jax import config as configuration
 from sea_jax.metrics import Interval, over_seeds, read_lines
 
 WIN_RATE = "eval/rm_win_rate"
@@ -53,6 +54,7 @@ SETTINGS = {
 EXAMPLES = 5
 PROMPT_CHARACTERS = 400
 RESPONSE_CHARACTERS = 600
+MOST_FIELDS_NAMED = 3  # in a method's label; if configurations differ in more, the work directory's name stands there
 # Told apart in the common kinds of colour blindness: Okabe and Ito (2008), https://jfly.uni-koeln.de/color/.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -207,18 +209,43 @@ def curve(runs: Sequence[Run], win_rate: str = WIN_RATE, along: str = QUERIES) -
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method.
+    """The runs of each method: those of one name, and of one configuration but for the seed and what changes no number.
 
     Args:
       runs: runs of any methods and seeds.
 
     Returns:
-      label -> its runs, both in the order given.
+      Label -> its runs, both in the order given. Where configurations of one name differ, the label says in what.
+
+    Raises:
+      ValueError: two runs of one method have the same seed.
     """
+    settings = [_settings(run) for run in runs]
     grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run.label, []).append(run)
+    for run, own in zip(runs, settings, strict=True):
+        namesakes = [other for other, of in zip(settings, runs, strict=True) if of.label == run.label]
+        fields = sorted(
+            {field for other in namesakes for field in own.keys() | other.keys() if own.get(field) != other.get(field)}
+        )
+        described = ", ".join(f"{field}={own.get(field)}" for field in fields)
+        label = run.label if not fields else f"{run.label}, {described}"
+        if len(fields) > MOST_FIELDS_NAMED:
+            label = f"{run.label}, {run.workdir.resolve().name}"
+        twin = next((one for one in grouped.get(label, ()) if one.config.get("seed") == run.config.get("seed")), None)
+        if twin is not None:
+            raise ValueError(
+                f"--workdir={twin.workdir} and --workdir={run.workdir} are runs of one configuration with the same seed "
+                f"{run.config.get('seed')}: they tell no more than one of them; leave one out"
+            )
+        grouped.setdefault(label, []).append(run)
     return grouped
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The fields of a run's configuration on which its numbers depend."""
+    left_out = configuration.MAY_DIFFER | {"name", "seed", "mesh"}
+    flat = configuration.flatten(run.config)
+    return {name: value for name, value in flat.items() if name not in left_out and not name.startswith("checkpoint.")}
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, intervals: Sequence[Interval], color: str, **line: Any) -> None:

@@ -72,6 +72,18 @@ def test_near_duplicates_of_held_out_prompts_are_dropped() -> None:
     assert data.without_near_duplicates(kept, []) == kept
 
 
+def test_the_wording_of_a_template_is_no_sign_of_nearness() -> None:
+    template = "Below is an instruction that describes a task. Write a response that completes it.\n\n{}\n\nResponse:"
+    heldout = [record(template.format(f"Name {i} towns beside river {i} now")) for i in range(8)]
+    kept = [record(template.format(f"Tell me why bridge {i} fell")) for i in range(20)] + [
+        record(template.format("Go"))
+    ]
+    dropped = [record(template.format("Please name 3 towns beside river 3 now"))]
+    assert data.without_near_duplicates([*dropped, *kept], heldout) == kept
+    # Of few held-out prompts nobody can tell what is a template's.
+    assert data.without_near_duplicates(kept, heldout[:4]) == []
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
@@ -82,7 +94,7 @@ def test_near_duplicates_are_those_that_share_a_third_of_the_shorter(prompts: li
         one, two = data.word_shingles(prompt), data.word_shingles(other)
         return 3 * len(one & two) >= min(len(one), len(two))
 
-    with mock.patch.object(data, "PROMPTS_COMPARED", 2):
+    with mock.patch.multiple(data, PROMPTS_COMPARED=2, BOILERPLATE_TIMES=99):
         kept = data.without_near_duplicates([record(prompt) for prompt in prompts], [record(other) for other in others])
     expected = [prompt for prompt in prompts if not any(repeats(prompt, other) for other in others)]
     assert [one["prompt"] for one in kept] == expected
@@ -172,12 +184,6 @@ def test_a_prompt_that_mentions_the_placeholder_is_left_alone(byte_tokenizer: To
     assert byte_tokenizer.decode(ids) == "<{prompt}>"
 
 
-@pytest.mark.parametrize("template", ["", "Summarise:", "{prompt} {prompt}", "{text}"])
-def test_a_template_without_one_place_for_the_prompt_is_refused(byte_tokenizer: Tokenizer, template: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.template"):
-        data.render("a", byte_tokenizer, template=template, chat=False)
-
-
 def test_a_chat_has_its_special_tokens_once(byte_tokenizer: Tokenizer) -> None:
     ids = data.render("a", byte_tokenizer, template="Do {prompt}", chat=True, system="Be brief.")
     assert byte_tokenizer.decode(ids, skip_special=False) == (
@@ -195,11 +201,6 @@ def test_a_chat_has_no_bos_but_what_its_template_writes(byte_tokenizer: Tokenize
     expected = byte_tokenizer.encode("[a]")
     assert data.render("[a]", beginning, template="{prompt}", chat=False) == [1, *expected]
     assert data.render("a", beginning, template="{prompt}", chat=True) == expected
-
-
-def test_a_system_message_needs_a_chat(byte_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"data\.system.*data\.chat"):
-        data.render("a", byte_tokenizer, template="{prompt}", chat=False, system="Be brief.")
 
 
 def test_long_prompts_are_left_out_and_counted(byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

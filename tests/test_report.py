@@ -28,6 +28,9 @@ def evaluation(win_rate: float, queries: int, gradient_steps: int, **more: Any) 
     }
 
 
+CONFIG = {"name": "sea", "seed": 0, "max_queries": 3200, "loss": {"name": "dpo", "beta": 0.1}}
+
+
 def made_up_run(
     workdir: Path,
     metrics: Sequence[Line],
@@ -36,8 +39,7 @@ def made_up_run(
     labels: Sequence[bool] = (),
 ) -> Path:
     workdir.mkdir()
-    if config is None:
-        config = {"name": "sea", "seed": 0, "max_queries": 3200, "loss": {"name": "dpo", "beta": 0.1}}
+    config = CONFIG if config is None else config
     (workdir / "config.json").write_text(json.dumps(config))
     contents = {
         "metrics.jsonl": [{"step": step, **line} for step, line in enumerate(metrics)],
@@ -213,7 +215,7 @@ def test_the_command_compares_methods(
     workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline = made_up_run(tmp_path / "baseline", [evaluation(0.55, 0, 0)], config={"name": "passive"})
-    unfinished = made_up_run(tmp_path / "unfinished", [])
+    unfinished = made_up_run(tmp_path / "unfinished", [], config=CONFIG | {"seed": 1})
     output = tmp_path / "comparison"
     folders = [f"--workdir={folder}" for folder in (workdir, baseline)]
     call_main(monkeypatch, *folders, f"--output={output}")
@@ -225,6 +227,30 @@ def test_the_command_compares_methods(
     assert (output / "win_rate.png").read_bytes().startswith(PNG)
     call_main(monkeypatch, *folders, f"--workdir={unfinished}", f"--output={output}")
     assert "| sea |  | 2 |  |  | no evaluation in common |" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_are_one_method_only_if_their_configurations_are(tmp_path: Path) -> None:
+    loss: Line = {"name": "ipo", "beta": 0.1}
+    changes: dict[str, Line] = {
+        "a": {},
+        "b": {"seed": 1, "mesh": [1, 2, 1], "actor": {"urls": "http://a:1"}, "checkpoint": {"keep": 9}},
+        "c": {"loss": loss},
+        "d": {"loss": loss, "seed": 1},
+        "e": {"name": "other", "loss": loss},
+    }
+    runs = {name: report.read(made_up_run(tmp_path / name, [], config=CONFIG | more)) for name, more in changes.items()}
+
+    def labels(names: str) -> dict[str, str]:
+        found = report.groups([runs[name] for name in names])
+        return {label: "".join(run.workdir.name for run in some) for label, some in found.items()}
+
+    assert labels("abe") == {"sea": "ab", "other": "e"}
+    assert labels("abcde") == {"sea, loss.name=dpo": "ab", "sea, loss.name=ipo": "cd", "other": "e"}
+    far = {"seed": 2, "a": 1, "b": 2, "c": 3, "d": 4}
+    runs["f"] = report.read(made_up_run(tmp_path / "f", [], config=CONFIG | far))
+    assert labels("af") == {"sea, a": "a", "sea, f": "f"}
+    with pytest.raises(ValueError, match=r"--workdir=.*/c and --workdir=.*/c are runs of one .* the same seed 0"):
+        labels("acdc")
 
 
 def test_the_command_reports_one_run(
