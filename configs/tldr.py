@@ -64,9 +64,9 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.erm.trunk = "llm-blender/PairRM-hf"
     config.erm.trunk_dtype = "bfloat16"
     config.erm.trunk_batch_size = 64
+    config.erm.standardise = False
 
     config.loss.name = "dpo"
-    config.loss.beta = 0.1
     config.learner.microbatch_size = 8
     config.learner.remat = True
 

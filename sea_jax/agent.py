@@ -86,6 +86,7 @@ class Agent:
       learn_rewards: Ensemble, Replay, key -> Ensemble, metrics.
       learn_policy: Learner, PreferenceBatch -> Learner, metrics.
       exploration: ExplorationConfig.
+      standardise: the ERM's features are divided by their spread, see `ensemble.calibrate`.
     """
 
     prompts: Callable[[int], Mapping[str, Any]]
@@ -98,6 +99,7 @@ class Agent:
     learn_rewards: Callable[[Ensemble, Replay, Array], tuple[Ensemble, dict[str, Array]]]
     learn_policy: Callable[[Learner, PreferenceBatch], tuple[Learner, dict[str, Array]]]
     exploration: ExplorationConfig
+    standardise: bool
 
 
 KEYS = ("generate", "duel", "gamma", "oracle", "head", "rewards", "plan")  # what a step's key is split for
@@ -128,7 +130,7 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
     batch, state = _next_prompts(agent, state)  # line 3
     with _timed(metrics, "actor/generate_time"):
         proposal = _propose(agent, state, batch, keys["generate"], metrics)  # line 4
-        state = _calibrated(state, proposal.candidates)
+        state = _calibrated(agent, state, proposal.candidates)
         rewards = ensemble.rewards(state.ensemble, proposal.candidates.features)
         duel = agent.rule(rewards, proposal.distinct, keys["duel"])  # lines 5 to 7
     with _timed(metrics, "actor/oracle_time"):
@@ -221,9 +223,9 @@ def _propose(agent: Agent, state: State, batch: Mapping[str, Any], key: Array, m
     return _Proposal(candidates, texts, jnp.asarray(group[:, :, None] != group[:, None, :]))
 
 
-def _calibrated(state: State, candidates: Candidates) -> State:
-    """Before the first step the ERM's features are standardised by the first candidates."""
-    if state.step > 0:
+def _calibrated(agent: Agent, state: State, candidates: Candidates) -> State:
+    """Until the ERM has learnt from a label its features are standardised by the candidates at hand."""
+    if not agent.standardise or int(state.replay.added):
         return state
     return replace(state, ensemble=ensemble.calibrate(state.ensemble, candidates.features))
 

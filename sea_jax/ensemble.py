@@ -115,12 +115,11 @@ def calibrate(ensemble: Ensemble, features: Array) -> Ensemble:
       features: [B, M, d] float32, of the candidates of a first batch.
 
     Returns:
-      Ensemble with `shift` and `scale` set from these features.
+      Ensemble with `shift` and `scale` set from these features; one that does not vary keeps its scale.
     """
-    within = features - features.mean(1, keepdims=True)
-    return replace(
-        ensemble, shift=features.mean((0, 1)), scale=1 / jnp.maximum(jnp.sqrt((within**2).mean((0, 1))), 1e-6)
-    )
+    spread = jnp.sqrt(((features - features.mean(1, keepdims=True)) ** 2).mean((0, 1)))
+    noise = 1e-6 * (1 + jnp.sqrt((features**2).mean((0, 1))))  # what rounding alone may leave of a constant
+    return replace(ensemble, shift=features.mean((0, 1)), scale=1 / jnp.where(spread > noise, spread, 1.0))
 
 
 def _head_reward(head: Params, features: Array) -> Array:

@@ -108,7 +108,7 @@ def test_calibrate_measures_the_spread_within_a_prompt():
     deviations = np.sqrt(np.square(features - features.mean(1, keepdims=True)).mean((0, 1)))
     live = [0, 1, 2, 4]
     np.testing.assert_allclose(np.asarray(state.scale)[live], 1 / deviations[live], rtol=1e-3)
-    assert np.isfinite(np.asarray(state.scale)).all()
+    assert state.scale[3] == 1  # what does not vary is left as it is, whatever rounding makes of it
 
 
 def update_by_hand(state: Ensemble, held: Replay, config: EnsembleConfig) -> Params:

@@ -41,6 +41,7 @@ PAPER = {
     "exploration.erm_label": "head",
     "exploration.planning_steps": 0,
     "erm.trunk": "llm-blender/PairRM-hf",
+    "erm.standardise": False,
     "erm.num_heads": 20,
     "erm.hidden_size": 128,
     "erm.learning_rate": 1e-3,
@@ -52,7 +53,7 @@ PAPER = {
     "erm.batch_size": 128,
     "erm.replay_capacity": 50_000,
     "loss.name": "dpo",
-    "loss.beta": 0.1,
+    "loss.beta": None,  # DPO's own default, 0.1
     "loss.length_averaged": None,
     "learner.learning_rate": 5e-7,
     "learner.warmup_fraction": 0.03,
