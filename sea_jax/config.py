@@ -64,7 +64,7 @@ def default() -> ml_collections.ConfigDict:
     config.actor = actor = ml_collections.ConfigDict()
     actor.kind = "in_process"  # who writes the responses: "in_process" (JAX), or "bridge": servers (gpu_bridge)
     actor.urls = ""  # bridge: the policy servers, separated by commas; they share the prompts
-    actor.sync_every = 1  # bridge: policy steps after which the servers are given the weights again
+    actor.sync_every = 1  # bridge: policy steps after which the servers are given the weights again, for training
     actor.transport = "shm"  # bridge: weights pass through a file in memory, or, between hosts, "http"
     actor.weights_directory = "/dev/shm"  # bridge: where that file lies
     actor.weights_host = "127.0.0.1"  # bridge: http: this host's address, at which the servers fetch the weights
@@ -92,6 +92,7 @@ def default() -> ml_collections.ConfigDict:
     erm.trunk_dtype = "float32"  # compute dtype of the trunk
     erm.trunk_batch_size = 16  # texts that the trunk reads at a time
     erm.feature_layer = 0  # behind this many layers of the reference policy; 0: behind the last norm
+    erm.standardise = True  # features by their spread among the first responses; neither the paper nor its code does
     erm.num_heads = 20  # K (paper, App. F)
     erm.hidden_size = 128  # width of the two hidden layers (paper, App. F)
     erm.learning_rate = 1e-3  # Adam's (paper, App. F)
@@ -144,7 +145,7 @@ def default() -> ml_collections.ConfigDict:
     evaluation.best_of_n_prompts = 64  # held-out prompts for it
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every_steps = 10  # steps between checkpoints; of these steps, those that actor.sync_every divides
+    checkpoint.every_steps = 10  # steps between checkpoints; with actor.sync_every, the next push after them
     checkpoint.keep = 2  # newest checkpoints kept
 
     return config.lock()
@@ -251,9 +252,11 @@ RANGES: Mapping[str, Check] = {
     "policy.source": GIVEN,
     "policy.train_last_layers": NOT_NEGATIVE,
     "policy.dtype": DTYPE,
+    "seed": (lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1"),
     "data.source": one_of("docstrings", "jsonl", "parquet", "huggingface", "tfds"),
     "data.split": GIVEN,
     "data.prompt_field": GIVEN,
+    "data.template": (lambda v: v.count("{prompt}") == 1, "a text with {prompt} in it exactly once"),
     "data.heldout_fraction": (lambda v: 0 < v < 1, "a number between 0 and 1"),
     "data.num_prompts": NOT_NEGATIVE,
     "data.max_prompt_tokens": AT_LEAST_1,
@@ -380,6 +383,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name, readers in READ_BY.items()
         if source not in readers and flat[name] not in ("", defaults[name])
     ]
+    if flat["data.system"] and not flat["data.chat"]:
+        found = flat["data.system"]
+        faults.append(
+            f"config.data.system={found!r}: only a chat template has a place for it; set config.data.chat=True"
+        )
     if flat.get("eval.against_references") and source != "docstrings" and not flat["data.reference_field"]:
         faults.append(
             "config.eval.against_references=True: data.reference_field must name the field that holds the references"

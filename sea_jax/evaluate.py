@@ -103,6 +103,7 @@ def evaluate_on(
     """
     # --------------------------------------------------------------------------------------------------------- What is there
     parts = wiring.parts(config, mesh, training=False)
+    policies.check_fingerprint(parts.policy, workdir)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sea_jax import ensemble, sampling
+from sea_jax import ensemble, oracles, sampling
 from sea_jax.actors import Generate
 from sea_jax.data import Record
 from sea_jax.ensemble import Ensemble
@@ -221,10 +221,13 @@ def compare(
 
     Returns:
       The win rate with its 95% interval over prompts, ties counting half, and P(response wins) [N].
+
+    Raises:
+      ValueError: the preference returns what is no probability, or not one for each pair.
     """
     differ = [i for i, (a, b) in enumerate(zip(responses, opponents, strict=True)) if a != b]
     probability = np.full(len(prompts), 0.5)  # the same text is a tie: nobody needs to be asked
     if differ:
         asked = ([texts[i] for i in differ] for texts in (prompts, responses, opponents))
-        probability[differ] = preference(*asked)
+        probability[differ] = oracles.probabilities(preference, *asked)
     return win_rate((np.sign(probability - 0.5) + 1) / 2), probability

@@ -259,6 +259,31 @@ def soft(probability: np.ndarray, keys: Array) -> np.ndarray:
 LABELS: Mapping[str, Labels] = {"deterministic": deterministic, "bradley_terry": bradley_terry, "soft": soft}
 
 
+def probabilities(
+    preference: Preference, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> np.ndarray:
+    """Returns what a preference says, which may be anybody's code.
+
+    Args:
+      preference: Preference.
+      prompts: N.
+      first: N responses.
+      second: N responses.
+
+    Returns:
+      P(first wins), [N] float64.
+
+    Raises:
+      ValueError: it returns another number of values, or one outside [0, 1].
+    """
+    probability = np.asarray(preference(prompts, first, second), np.float64)
+    if probability.shape != (len(prompts),):
+        raise ValueError(f"the oracle was asked about {len(prompts)} pairs and returned shape {probability.shape}")
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError(f"the oracle's probabilities must lie in [0, 1]; found {probability}")
+    return probability
+
+
 def labelled(preference: Preference, labels: Labels) -> Oracle:
     """Makes an oracle of a preference and a way to label.
 
@@ -279,11 +304,7 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
         prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str]
     ) -> Judgement:
         names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
-        probability = np.asarray(preference(prompts, first, second, **names), np.float64)
-        if probability.shape != (len(prompts),):
-            raise ValueError(f"the oracle was asked about {len(prompts)} pairs and returned shape {probability.shape}")
-        if not ((probability >= 0) & (probability <= 1)).all():
-            raise ValueError(f"the oracle's probabilities must lie in [0, 1]; found {probability}")
+        probability = probabilities(partial(preference, **names), prompts, first, second)
         return Judgement(probability, labels(probability, keys))
 
     return oracle

@@ -1,8 +1,10 @@
 """The policy: a decoder read from its files, divided into what is trained and what is not, placed on the mesh, exported."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sea_jax import cache, learner, processes, tokenizer
@@ -11,6 +13,9 @@ from sea_jax.models import decoder, hf, partition
 from sea_jax.models.config import Config, ModelConfig
 from sea_jax.tokenizer import Tokenizer
 from sea_jax.types import Params
+
+FINGERPRINT = "policy_id"  # file in the work directory
+NUMBERS_READ = 4096  # of each parameter, for its fingerprint
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Policy:
       initial: the same on the host in float32, where training starts.
       feature_stack: features stand behind this many stacks of layers; None: behind the last norm.
       features_are_frozen: no layer up to the features is trained.
+      fingerprint: of the weights as they were loaded.
     """
 
     config: ModelConfig
@@ -36,6 +42,7 @@ class Policy:
     initial: Params
     feature_stack: int | None
     features_are_frozen: bool
+    fingerprint: str
 
 
 def check(config: Config) -> ModelConfig:
@@ -103,7 +110,42 @@ def load(source: str, train_last_layers: int, feature_layer: int = 0, dtype: str
         initial=trained,
         feature_stack=division.feature_stack,
         features_are_frozen=division.features_are_frozen,
+        fingerprint=fingerprint(loaded.params),
     )
+
+
+def fingerprint(params: Params) -> str:
+    """Returns what tells one model's weights from another's, from some thousand numbers of each parameter.
+
+    Args:
+      params: numpy arrays.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf.reshape(-1)[:: max(1, leaf.size // NUMBERS_READ)]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(policy: Policy, workdir: Path) -> None:
+    """Refuses another model than that which a work directory's run began with.
+
+    Args:
+      policy: Policy.
+      workdir: where the run writes; nothing is known of one that holds no fingerprint.
+
+    Raises:
+      ValueError: the weights differ.
+    """
+    path = workdir / FINGERPRINT
+    if path.exists() and path.read_text().strip() != policy.fingerprint:
+        raise ValueError(
+            f"config.policy.source: the weights in {policy.directory} are not those that the run in {workdir} began with, its "
+            "reference policy (made anew, or another version?); put them back, or start anew with another --workdir"
+        )
 
 
 @dataclass(frozen=True)

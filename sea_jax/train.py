@@ -25,8 +25,10 @@ from sea_jax import (
     files,
     learner,
     metrics,
+    policies,
     processes,
     report,
+    responses,
     sharding,
     wiring,
 )
@@ -89,7 +91,8 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
     )
     initial = functools.partial(wiring.initial_state, config, parts, total_steps)
 
-    processes.by_first(lambda: claim(workdir, config), None, "the work directory")
+    policies.check_fingerprint(policy, workdir)
+    processes.by_first(lambda: claim(workdir, config, policy.fingerprint), None, "the work directory")
     with (
         open_ledger(workdir / "queries.jsonl") as ledger,  # first, since it keeps other runs out
         checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
@@ -115,6 +118,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                 learner_config=learner_config,
             ),
             exploration=sea.ExplorationConfig(max_queries=config.max_queries, **exploration_fields(config)),
+            standardise=config.erm.standardise,
         )
 
         # ---------------------------------------------------------------------------------------------------------- Resume
@@ -162,7 +166,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                 row = counters(state) | evaluated(state, writer)
                 writer.write(0, row)
                 save(state)
-            idle_steps, stopping = 0, False
+            idle_steps, stopping, save_due = 0, False, False
             while state.queries < config.max_queries and not stopping:
                 queries_before, start = state.queries, time.perf_counter()
                 state, row = sea.step(agent, state, jax.random.fold_in(root, state.step + 1))
@@ -173,16 +177,17 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                     row |= evaluated(state, writer)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
-                # Between two pushes the engine has weights that a resumed learner would not have: nothing is saved there.
-                pushed = int(state.learner.step) % config.actor.sync_every == 0
-                stopping = processes.any_of(interrupts.requested) and pushed
-                if (state.step % config.checkpoint.every_steps == 0 and pushed) or done or stopping:
+                resumable = responses.resumable(int(state.learner.step), config.actor.sync_every)
+                stopping = processes.any_of(interrupts.requested) and resumable
+                save_due = save_due or state.step % config.checkpoint.every_steps == 0
+                if (save_due and resumable) or done or stopping:
                     save(state)
-                idle_steps = 0 if state.queries > queries_before else idle_steps + 1
+                    save_due = False
+                idle_steps = 0 if row["explorer/pairs"] else idle_steps + 1
                 if idle_steps == MAX_IDLE_STEPS:
                     raise ValueError(
-                        f"no query in {MAX_IDLE_STEPS} steps up to step {state.step}: the candidates of every prompt are "
-                        "the same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
+                        f"no pair in {MAX_IDLE_STEPS} steps up to step {state.step}: the candidates of every prompt are the "
+                        "same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
                         "config.sampling.temperature or config.loss.beta, and start anew"
                     )
 
@@ -197,7 +202,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         )
 
 
-MAX_IDLE_STEPS = 20  # steps without a query after which a run gives up
+MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -225,14 +230,16 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the work directory and leaves the configuration in it.
+def claim(workdir: Path, config: ml_collections.ConfigDict, fingerprint: str) -> None:
+    """Makes the work directory and leaves the configuration in it, and what tells the policy from others.
 
     Args:
       workdir: where everything is written.
       config: this run's configuration.
+      fingerprint: of the policy.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    files.write_whole(workdir / policies.FINGERPRINT, fingerprint + "\n")
     files.write_whole(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 

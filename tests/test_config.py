@@ -58,6 +58,10 @@ REFUSED = [
     ("oracle.max_tokens", 0, "1 or more"),
     ("policy.train_last_layers", -1, "0 or more"),
     ("policy.dtype", "float16", "float32 or bfloat16"),
+    ("seed", -1, r"from 0 to 2\*\*32 - 1"),
+    ("seed", 2**32, r"from 0 to 2\*\*32 - 1"),
+    ("data.template", "Summarise:", "{prompt} in it exactly once"),
+    ("data.template", "{prompt} {prompt}", "{prompt} in it exactly once"),
     ("data.source", "hub", "one of docstrings, jsonl, parquet, huggingface, tfds"),
     ("data.split", "", "a non-empty text"),
     ("data.prompt_field", "", "a non-empty text"),
@@ -153,14 +157,23 @@ def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
 
 
 def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
-    anything = {"name", "seed", "data.path", "data.heldout_path", "data.heldout_split", "data.reference_field"}
+    anything = {"name", "data.path", "data.heldout_path", "data.heldout_split", "data.reference_field"}
     anything |= {"data.subset", "data.directory"}
-    anything |= {"data.template", "data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
+    anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
+    anything |= {"erm.standardise"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
     full, sft = (flatten(made.to_dict()).keys() for made in (configuration.default(), configuration.default_sft()))
     assert full | sft == configuration.RANGES.keys() | anything
     tested = {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
     assert configuration.RANGES.keys() == tested
+
+
+def test_a_system_message_needs_a_chat_template(config):
+    config.data.system = "Be brief."
+    with pytest.raises(ValueError, match=r"^config\.data\.system='Be brief\.': only a chat template"):
+        configuration.validate(config)
+    config.data.chat = True
+    configuration.validate(config)
 
 
 def test_a_microbatch_must_divide_the_batch(config):

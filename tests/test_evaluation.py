@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sea_jax import ensemble, evaluation
 from sea_jax.ensemble import EnsembleConfig
@@ -25,6 +26,12 @@ def test_ties_count_half_and_the_same_text_is_never_sent() -> None:
     assert probability.tolist() == [0.9, 0.5, 0.5, 0.2]
     assert interval.mean == (1 + 0.5 + 0.5 + 0) / 4
     assert interval.low < 0.5 < interval.high
+
+
+@pytest.mark.parametrize("answer", [np.array([[0.5]]), np.array(0.7), np.array([3.0]), np.array([np.nan])])
+def test_an_answer_that_is_no_probability_is_refused(answer: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="the oracle"):
+        evaluation.compare(lambda *_: answer, ["p"], ["a"], ["b"])
 
 
 def test_when_nothing_has_changed_nobody_is_asked() -> None:

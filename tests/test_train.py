@@ -137,7 +137,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_say_so_and_the_same_command_goe
     with pytest.raises(SystemExit) as stopped:
         train.train(configured(), tmp_path)
     assert stopped.value.code == 130
-    assert f"{number.name}: stopping after this step" in caplog.text
+    assert f"{number.name}: stopping as soon as all is saved" in caplog.text
     assert "stopped at step 3 and saved" in caplog.text
     assert outcome(tmp_path)[-1]["step"] == 3
     assert (tmp_path / "checkpoints" / "3").is_dir()
@@ -213,8 +213,13 @@ def a_file(directory: Path) -> dict[str, Any]:
 
 def another_run(directory: Path) -> dict[str, Any]:
     config = configured(seed=7)
-    train.claim(directory / "run", config)
+    train.claim(directory / "run", config, fingerprint="0" * 16)
     return {"loss__beta": 0.3}
+
+
+def another_policy(directory: Path) -> dict[str, Any]:
+    train.claim(directory / "run", configured(), fingerprint="0" * 16)
+    return {}
 
 
 def a_run_of_nobody_knows_whom(directory: Path) -> dict[str, Any]:
@@ -237,6 +242,10 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no such cached policy": (lambda _: {"policy__source": "cache:nowhere"}, r"cache:nowhere.*sea_jax.sft"),
     "a file as the work directory": (a_file, r"--workdir=.* is a file"),
     "a run without its configuration": (a_run_of_nobody_knows_whom, r"--workdir=.* holds a run but no config.json"),
+    "another policy than the run began with": (
+        another_policy,
+        r"weights in .* are not those that the run in .*/run began",
+    ),
     "another run's work directory": (another_run, r"(?s)another configuration.*config.loss.beta.*config.seed: 7"),
 }
 
