@@ -3,9 +3,10 @@
 import functools
 import io
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -110,6 +111,20 @@ class Journal:
         return self._directory / f"{number}.npz"
 
 
+def _begun(write: Callable[[], Candidates]) -> Future[Candidates]:
+    """Begins to write; in a daemon, since an executor's threads are waited for at the interpreter's end, come what may."""
+    future: Future[Candidates] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(write())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 def resumable(version: int, sync_every: int) -> bool:
     """Whether a run can go on from here: it has the weights that are to write next, its own or the initial policy's.
 
@@ -151,7 +166,6 @@ class Responses:
         self._generate, self._logprobs, self._journal = generate, logprobs, journal
         self._max_logprob_gap, self._sync_every, self._next_batch = max_logprob_gap, sync_every, next_batch
         self._held = initial, 0
-        self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[int, Prompts, Params, int, Future[Candidates]] | None = None
 
     def __enter__(self) -> Self:
@@ -160,7 +174,8 @@ class Responses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=error is None, cancel_futures=True)
+        if error is None:
+            self.settle()
 
     def __call__(
         self, number: int, trained: Params, prompts: Prompts, key: Array, version: int
@@ -190,7 +205,7 @@ class Responses:
             following, following_key = self._next_batch(number + 1)
             if weights is trained:
                 weights = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
-            future = self._thread.submit(self._generate, weights, following, following_key, of_version)
+            future = _begun(functools.partial(self._generate, weights, following, following_key, of_version))
             self._pending = (number + 1, following, weights, of_version, future)
         candidates = jax.tree.map(jnp.asarray, written.candidates)
         staleness = version - written.version

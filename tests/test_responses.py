@@ -1,5 +1,6 @@
 """Responses that are kept, compared and written ahead, with a writer who says what he was asked."""
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,27 @@ def test_where_a_run_cannot_go_on() -> None:
     assert [version for version in range(9) if not resumable(version, 3)] == [4, 5, 7, 8]
     assert all(resumable(version, 1) for version in range(9))
     assert all(resumable(version, 1000) for version in range(9))
+
+
+def test_an_error_does_not_wait_for_what_is_being_written_ahead(tmp_path: Path) -> None:
+    writer = Writer()
+    responses, journal = opened(tmp_path, writer, ahead=True)
+    journal.record(0, Written(writer({"w": jnp.float32(0)}, prompts(0), key(0), 0), 0, 0.0))
+    writer.go.clear()  # a server hangs
+    with contextlib.suppress(KeyboardInterrupt), responses:
+        ask(responses, 0, 0)
+        raise KeyboardInterrupt
+    (thread,) = (one for one in threading.enumerate() if one.name.endswith("(work)"))
+    assert thread.daemon
+    writer.go.set()
+    thread.join(20)
+
+
+def test_an_end_without_an_error_keeps_what_is_being_written_ahead(tmp_path: Path) -> None:
+    responses, journal = opened(tmp_path, Writer(), ahead=True)
+    with responses:
+        ask(responses, 0, 0)
+    assert journal.find(1) is not None
 
 
 def test_a_failure_of_what_is_written_ahead_comes_up_where_it_is_needed(tmp_path: Path) -> None:
