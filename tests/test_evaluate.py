@@ -254,6 +254,12 @@ def edited(name: str, value: Any) -> Callable[[Path], None]:
     return edit
 
 
+def another_model(workdir: Path) -> None:
+    """Of a run from which nobody can tell the policy's weights."""
+    edited("policy.source", "builtin:tiny-random-gpt-neox")(workdir)
+    (workdir / "policy_id").unlink()
+
+
 def nothing(_: Path) -> None:
     pass
 
@@ -272,11 +278,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         r"is a checkpoint of another model: learner/trained/.* is missing there, and float32",
     ),
-    "another model": (
+    "another policy": (
         edited("policy.source", "builtin:tiny-random-gpt-neox"),
         {},
-        r"is a checkpoint of another model: learner/trained/",
+        r"the weights in .* are not those that the run in .* began with",
     ),
+    "another model": (another_model, {}, r"is a checkpoint of another model: learner/trained/"),
     "another ensemble": (edited("erm.num_heads", 5), {"best_of": 2}, r"another model: ensemble/.*\[4, .*\[5, "),
     "an export onto something": (nothing, {"export": ROOT / "configs"}, r"--export=.*configs is not empty"),
     "an export onto a file": (nothing, {"export": ROOT / "README.md"}, r"--export=.*README.md is a file"),
