@@ -215,29 +215,36 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
       runs: runs of any methods and seeds.
 
     Returns:
-      Label -> its runs, both in the order given. Where configurations of one name differ, the label says in what.
+      Label -> its runs in the order given. Where configurations of one name differ, the label says in what, or, if in too
+      much, is the name of the first of their work directories.
 
     Raises:
       ValueError: two runs of one method have the same seed.
     """
-    settings = [_settings(run) for run in runs]
-    grouped: dict[str, list[Run]] = {}
-    for run, own in zip(runs, settings, strict=True):
-        namesakes = [other for other, of in zip(settings, runs, strict=True) if of.label == run.label]
-        fields = sorted(
-            {field for other in namesakes for field in own.keys() | other.keys() if own.get(field) != other.get(field)}
-        )
-        described = ", ".join(f"{field}={own.get(field)}" for field in fields)
-        label = run.label if not fields else f"{run.label}, {described}"
-        if len(fields) > MOST_FIELDS_NAMED:
-            label = f"{run.label}, {run.workdir.resolve().name}"
-        twin = next((one for one in grouped.get(label, ()) if one.config.get("seed") == run.config.get("seed")), None)
+    methods: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {}  # name -> what a method sets, and its runs
+    for run in runs:
+        own, namesakes = _settings(run), methods.setdefault(run.label, [])
+        seeds = next((some for settings, some in namesakes if settings == own), None)
+        if seeds is None:
+            namesakes.append((own, seeds := []))
+        twin = next((one for one in seeds if one.config.get("seed") == run.config.get("seed")), None)
         if twin is not None:
             raise ValueError(
                 f"--workdir={twin.workdir} and --workdir={run.workdir} are runs of one configuration with the same seed "
                 f"{run.config.get('seed')}: they tell no more than one of them; leave one out"
             )
-        grouped.setdefault(label, []).append(run)
+        seeds.append(run)
+    grouped: dict[str, list[Run]] = {}
+    for name, namesakes in methods.items():
+        known = set().union(*(settings for settings, _ in namesakes))
+        first = namesakes[0][0]
+        fields = sorted(f for f in known if any(settings.get(f) != first.get(f) for settings, _ in namesakes))
+        for settings, seeds in namesakes:
+            told = [f"{field}={settings.get(field)}" for field in fields]
+            if len(fields) > MOST_FIELDS_NAMED:
+                told = [seeds[0].workdir.resolve().name]
+            label = ", ".join([name, *told])
+            grouped[f"{name}, {seeds[0].workdir}" if label in grouped else label] = seeds
     return grouped
 
 

@@ -249,6 +249,11 @@ def test_runs_of_one_name_are_one_method_only_if_their_configurations_are(tmp_pa
     far = {"seed": 2, "a": 1, "b": 2, "c": 3, "d": 4}
     runs["f"] = report.read(made_up_run(tmp_path / "f", [], config=CONFIG | far))
     assert labels("af") == {"sea, a": "a", "sea, f": "f"}
+    runs["g"] = report.read(made_up_run(tmp_path / "g", [], config=CONFIG | far | {"seed": 3}))
+    assert labels("agfb") == {"sea, a": "ab", "sea, g": "gf"}
+    (tmp_path / "there").mkdir()
+    runs["h"] = report.read(made_up_run(tmp_path / "there" / "a", [], config=CONFIG | far))
+    assert labels("ah") == {"sea, a": "a", f"sea, {tmp_path / 'there' / 'a'}": "a"}
     with pytest.raises(ValueError, match=r"--workdir=.*/c and --workdir=.*/c are runs of one .* the same seed 0"):
         labels("acdc")
 
