@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from benchmarks.inputs import Inputs, Settings
 from benchmarks.jax_step import JaxStep
 from benchmarks.torch_step import TorchStep, candidate_texts
-from sea_jax import learner
-from sea_jax.models import hf
+from sea_jax.models import decoder
+from sea_jax.models.checkpoints import hf
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def policy_tensors(ours: JaxStep) -> Mapping[str, np.ndarray]:
       ours: JaxStep.
     """
     with tempfile.TemporaryDirectory() as directory:
-        params = learner.join(ours.policy.frozen, ours.learner.trained)
+        params = decoder.join(ours.policy.frozen, ours.learner.trained)
         hf.save(directory, ours.policy.config, params)
         return load_file(Path(directory) / "model.safetensors")
 

@@ -26,11 +26,16 @@ from absl import flags
 
 from configs import quickstart
 from gpu_bridge import client, launch, protocol, weights
-from sea_jax import actors, learner, oracles, policies, train
-from sea_jax.generation import SamplingConfig
-from sea_jax.models import decoder, hf
+from sea_jax import train
+from sea_jax.actors.bridge import bridge
+from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.in_process import in_process
+from sea_jax.models import decoder
+from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import ModelConfig
-from sea_jax.types import Candidates, Prompts
+from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
+from sea_jax.policy import load_policy
+from sea_jax.types import Candidates, Generate, Prompts, Reward
 
 TOLERANCE = 1e-3  # nats and scores; engine and learner compute in float32
 
@@ -115,13 +120,13 @@ def compared(own: Candidates, other: Candidates) -> float:
 def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str]) -> Iterator[str]:
     """Yields the rows of the table."""
     token = os.environ[protocol.TOKEN_VARIABLE]
-    policy = policies.load(str(options.policy), options.train_last_layers, dtype=options.dtype)
+    policy = load_policy(str(options.policy), options.train_last_layers, dtype=options.dtype)
     servers = client.PolicyClient([urls[protocol.POLICY]], token)
     random = np.random.default_rng(0)
     tokens = random.integers(10, policy.config.vocab_size, (options.prompts, options.prompt_tokens), np.int32)
     prompts = Prompts(jax.numpy.asarray(tokens), jax.numpy.ones(tokens.shape, bool))
 
-    def sides(temperature: float, eos_ids: tuple[int, ...]) -> dict[str, actors.Generate]:
+    def sides(temperature: float, eos_ids: tuple[int, ...]) -> dict[str, Generate]:
         how = SamplingConfig(
             num_samples=options.samples if temperature else 1,
             max_new_tokens=options.new_tokens,
@@ -130,8 +135,8 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
             temperature=temperature,
             dtype=options.dtype,
         )
-        engine = actors.bridge(servers, policy.frozen, policy.config, how, weights_dtype=options.dtype)
-        return {"in process": actors.in_process(policy.frozen, policy.config, how), "engine": engine}
+        engine = bridge(servers, policy.frozen, policy.config, how, weights_dtype=options.dtype)
+        return {"in process": in_process(policy.frozen, policy.config, how), "engine": engine}
 
     # ------------------------------------------------------------------------------------------------- The same, then speed
     greedy = {name: side(policy.reference, prompts, jax.random.key(0), 0) for name, side in sides(0.0, ()).items()}
@@ -141,7 +146,7 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
         yield f"| greedy responses | the same | largest difference of log-probs {gap:.1e} nats |"
     drawn = sides(0.7, ())  # nothing ends a response: both write exactly as many tokens
 
-    def writes(side: actors.Generate) -> Callable[[], float]:
+    def writes(side: Generate) -> Callable[[], float]:
         def write() -> float:
             return float(np.asarray(side(policy.reference, prompts, jax.random.key(1), 0).lengths).sum())
 
@@ -151,7 +156,7 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
     yield line("responses", rates, "tokens/s")
 
     # ------------------------------------------------------------------------------------------------------------- Pushes
-    whole = learner.join(policy.frozen, policy.reference)
+    whole = decoder.join(policy.frozen, policy.reference)
     for what, params, last in (("all weights", whole, False), ("last layers", policy.reference, True)):
         tensors = hf.to_tensors(policy.config, jax.device_get(params), "bfloat16", last_part=last)
         size = float(sum(tensor.nbytes for tensor in tensors.values()))
@@ -175,16 +180,16 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
 
     # ------------------------------------------------------------------------------------------------------------- Oracle
     texts = [f"prompt {number} of some words that are there for its length" for number in range(options.pairs)]
-    remote = oracles.remote_reward(
+    remote = remote_reward(
         client.OracleClient([urls[protocol.ORACLE]], token).score, str(directory / "reward"), max_tokens=128
     )
-    own = oracles.reward_model(str(directory / "reward"), dtype=options.dtype, batch_size=16, max_tokens=128)
+    own = reward_model_scores(str(directory / "reward"), dtype=options.dtype, batch_size=16, max_tokens=128)
     if options.dtype == "float32":
         gap = float(np.abs(remote(texts, texts) - own(texts, texts)).max())
         assert gap < TOLERANCE, f"scores differ by {gap}"
         yield f"| scores | the same | largest difference {gap:.1e} |"
 
-    def judges(reward: oracles.Reward) -> Callable[[], float]:
+    def judges(reward: Reward) -> Callable[[], float]:
         def judge() -> float:
             reward([*texts, *texts], [*texts, *reversed(texts)])
             return len(texts)

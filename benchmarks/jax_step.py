@@ -10,10 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.inputs import Inputs, Settings
-from sea_jax import ensemble, experience, features, generation, learner, losses, oracles, policies, wiring
+from sea_jax import ensemble, features, learner, losses, wiring
+from sea_jax.actors import generation
+from sea_jax.actors.generation import SamplingConfig
 from sea_jax.ensemble import EnsembleConfig
-from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
+from sea_jax.models import decoder
+from sea_jax.oracles import preferences
+from sea_jax.oracles.embedding import embedding_similarity
+from sea_jax.policy import Policy, load_policy
+from sea_jax.replay import Replay
 from sea_jax.types import Array, Candidates, PairLogps, PreferenceBatch, Prompts
 
 response_logprobs = jax.jit(learner.response_logprobs, static_argnames=("config", "remat", "dtype"))
@@ -32,14 +38,19 @@ class JaxStep:
           encoder: directory of a BERT in that format.
         """
         self.settings, self.inputs = settings, inputs
-        self.policy = policies.load(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
+        self.policy = load_policy(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
         self.prompts = Prompts(jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid))
         self.sampling = sampling_config(settings, self.policy)
         self.texts = wiring.texts(self.policy.tokenizer)
-        self.featurize = features.of_reference(self.policy.reference, self.policy.config, self.sampling)
-        self.reward = oracles.embedding_similarity(str(encoder))
-        self.label = oracles.labelled(
-            oracles.by_reward(self.reward, settings.oracle_scale), oracles.LABELS["bradley_terry"]
+        self.featurize = features.of_reference(
+            self.policy.reference,
+            self.policy.config,
+            feature_stack=self.sampling.feature_stack,
+            dtype=self.sampling.dtype,
+        )
+        self.reward = embedding_similarity(str(encoder))
+        self.label = preferences.labelled(
+            preferences.by_reward(self.reward, settings.oracle_scale), preferences.LABELS["bradley_terry"]
         )
         self.learner_config = learner_config(settings, len(inputs.posts))
         self.learner = learner.init(self.policy.reference, self.learner_config)
@@ -53,7 +64,7 @@ class JaxStep:
             shift=jnp.asarray(inputs.shift),
             scale=jnp.asarray(inputs.scale),
         )
-        self.replay = experience.Replay(
+        self.replay = Replay(
             features=jnp.asarray(inputs.replay_features),
             labels=jnp.asarray(inputs.replay_labels),
             added=jnp.asarray(len(inputs.replay_labels), jnp.int32),
@@ -80,7 +91,7 @@ class JaxStep:
         how = replace(self.sampling, max_new_tokens=new_tokens)
         how = replace(how, num_samples=1, temperature=0.0) if greedy else how
         out = generation.generate(
-            learner.join(self.policy.frozen, self.learner.trained),
+            decoder.join(self.policy.frozen, self.learner.trained),
             self.prompts,
             jax.random.key(seed),
             config=self.policy.config,
@@ -190,7 +201,7 @@ def dpo(beta: float) -> Callable[[PairLogps], Array]:
     return losses.bind(losses.LOSSES["dpo"], {"beta": beta})
 
 
-def sampling_config(settings: Settings, policy: policies.Policy) -> SamplingConfig:
+def sampling_config(settings: Settings, policy: Policy) -> SamplingConfig:
     """Returns how candidates are drawn: no token ends a response, so that both sides write the same number of them.
 
     Args:

@@ -31,10 +31,13 @@ from benchmarks.inputs import Inputs, Settings, Step
 from benchmarks.jax_step import JaxStep, ensemble_config, sampling_config
 from benchmarks.torch_step import TorchStep, candidate_texts
 from configs import quickstart
-from sea_jax import data, ensemble, generation, learner, policies, tokenizer, wiring
-from sea_jax.data import Rendered
-from sea_jax.models import hf
+from sea_jax import ensemble, wiring
+from sea_jax.actors import generation
+from sea_jax.data.prompts import Rendered, collate
+from sea_jax.models import decoder, tokenizer
+from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import EncoderConfig
+from sea_jax.policy import Policy, load_policy
 from sea_jax.types import Prompts
 
 PARTS = ("generate", "features", "oracle", "ERM", "learn")
@@ -99,7 +102,7 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
     )
 
 
-def make_inputs(sizes: Settings, policy: policies.Policy, rendered: list[Rendered], prompt_tokens: int) -> Inputs:
+def make_inputs(sizes: Settings, policy: Policy, rendered: list[Rendered], prompt_tokens: int) -> Inputs:
     """Makes what both sides work on: our samples, their features, a random duel per prompt, random labels.
 
     Args:
@@ -111,9 +114,9 @@ def make_inputs(sizes: Settings, policy: policies.Policy, rendered: list[Rendere
     Returns:
       Inputs, its replay of as many pairs as the ERM takes at a time: then every batch holds the same pairs.
     """
-    batch = data.collate(rendered, policy.tokenizer.pad_id, prompt_tokens)
+    batch = collate(rendered, policy.tokenizer.pad_id, prompt_tokens)
     candidates = generation.generate(
-        learner.join(policy.frozen, policy.reference),
+        decoder.join(policy.frozen, policy.reference),
         Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])),
         jax.random.key(0),
         config=policy.config,
@@ -293,7 +296,7 @@ def main() -> None:
 
     config = configuration(arguments)
     sizes = settings(config)
-    policy = policies.load(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
+    policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
     rendered = wiring.prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
     if len(rendered) < arguments.prompts:
         raise SystemExit(
@@ -305,7 +308,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         copied = Path(directory) / "policy"
-        hf.save(copied, policy.config, learner.join(policy.frozen, policy.reference), policy.directory)
+        hf.save(copied, policy.config, decoder.join(policy.frozen, policy.reference), policy.directory)
         agreements = {
             dtype: agreement.check(replace(sizes, dtype=dtype), inputs, copied, encoder.directory)
             for dtype in dict.fromkeys(("float32", sizes.dtype))

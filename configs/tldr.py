@@ -1,7 +1,7 @@
 """The paper's TL;DR setting: Pythia summarises Reddit posts, Skywork's reward model judges, PairRM's trunk feeds the ERM.
 
 python -m sea_jax.train --config=configs/tldr.py          (Pythia 1B; :2.8b and :6.9b for the larger ones)
-python -m sea_jax.fit --config=configs/tldr.py:6.9b --devices=8
+python -m sea_jax.memory --config=configs/tldr.py:6.9b --devices=8
 
 Made for 8 GPUs of 80 GB. Models and data come from the Hugging Face hub by the names below; without it, point
 --config.policy.source, --config.erm.trunk, --config.oracle.reward_model and --config.data.path at local copies.

@@ -5,8 +5,9 @@ python -m gpu_bridge.serve_oracle --model=DIR --port=8102
 
 import sys
 
-from gpu_bridge import protocol, serve
-from gpu_bridge.backend import MosecOracle, VllmOracle
+from gpu_bridge import protocol
+from gpu_bridge.server import serve
+from gpu_bridge.server.backend import MosecOracle, VllmOracle
 
 
 def main() -> int:

@@ -6,8 +6,9 @@ python -m gpu_bridge.serve_policy --model=DIR --port=8101
 import sys
 from pathlib import Path
 
-from gpu_bridge import protocol, serve
-from gpu_bridge.backend import VllmPolicy
+from gpu_bridge import protocol
+from gpu_bridge.server import serve
+from gpu_bridge.server.backend import VllmPolicy
 
 
 def main() -> int:

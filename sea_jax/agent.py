@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sea_jax import ensemble, experience, sampling
-from sea_jax.actors import Respond
+from sea_jax import ensemble, sampling
 from sea_jax.ensemble import Ensemble
-from sea_jax.experience import Ledger, Replay
 from sea_jax.features import Featurize
-from sea_jax.labelling import Question, label
 from sea_jax.learner import Learner
-from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, PreferenceBatch, Prompts
+from sea_jax.oracles.labelling import Question, label
+from sea_jax.oracles.ledger import Ledger
+from sea_jax.replay import Replay, add_pairs
+from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, PreferenceBatch, Prompts, Respond
 
 Metrics = dict[str, float]
 
@@ -140,7 +140,7 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
         labels = _label(agent, state, batch, proposal, duel, to_oracle, to_erm, erm_labels, keys["oracle"])
     with _timed(metrics, "train/rm/learn_time"):
         features = _take(proposal.candidates.features, duel)
-        replay = experience.add(state.replay, features, labels, to_oracle)
+        replay = add_pairs(state.replay, features, labels, to_oracle)
         reward_model, erm_metrics = agent.learn_rewards(state.ensemble, replay, keys["rewards"])  # line 9
         jax.block_until_ready(reward_model)
     with _timed(metrics, "train/learn_time"):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sea_jax import experience
 from sea_jax.models import partition
+from sea_jax.replay import Replay, sample_pairs
 from sea_jax.types import Array, Params
 
 
@@ -164,9 +164,7 @@ def _head_loss(
     ).sum() / total
 
 
-def update(
-    ensemble: Ensemble, replay: experience.Replay, key: Array, config: EnsembleConfig
-) -> tuple[Ensemble, dict[str, Array]]:
+def update(ensemble: Ensemble, replay: Replay, key: Array, config: EnsembleConfig) -> tuple[Ensemble, dict[str, Array]]:
     """Takes m Adam steps on the regularised negative log-likelihood (SEA paper, Eq. 8), in one scan.
 
     By default the regulariser is read as the Gaussian prior that posterior sampling needs, + (lambda / N) ||phi_k - phi_k^0||^2
@@ -188,7 +186,7 @@ def update(
 
     def step(carry: tuple[Params, Any], key: Array) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
         heads, opt_state = carry
-        features, labels, weights = partition.batches(experience.sample(replay, config.batch_size, key))
+        features, labels, weights = partition.batches(sample_pairs(replay, config.batch_size, key))
         standardised = (features - ensemble.shift) * ensemble.scale
 
         def total_loss(heads: Params) -> tuple[Array, tuple[Array, Array]]:

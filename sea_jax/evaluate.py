@@ -15,24 +15,17 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sea_jax import (
-    cache,
-    checkpoint,
-    console,
-    ensemble,
-    files,
-    metrics,
-    policies,
-    processes,
-    sharding,
-    wiring,
-)
 from sea_jax import config as configuration
-from sea_jax.actors import Generate
+from sea_jax import ensemble, wiring
 from sea_jax.evaluation import Evaluation, Responses
-from sea_jax.metrics import Interval
-from sea_jax.train import WORKDIR, join_processes
-from sea_jax.types import Array, Candidates, Params, Prompts
+from sea_jax.models.mesh import make_mesh
+from sea_jax.policy import check_fingerprint, export_policy
+from sea_jax.runtime import cache, checkpoint, console, files, processes
+from sea_jax.runtime.console import WORKDIR, join_processes
+from sea_jax.runtime.progress import Progress
+from sea_jax.statistics import Interval
+from sea_jax.types import Array, Candidates, Generate, Params, Prompts
+from sea_jax.workdir import saved_configuration
 
 for shared in ("workdir", "coordinator", "num_processes", "process_id", "deterministic"):
     flags.declare_key_flag(shared)  # so that --help shows them
@@ -82,7 +75,7 @@ def evaluate(
         config.eval.num_prompts = num_prompts
     config.mesh = tuple(mesh) if mesh else fitting_mesh(config)
     configuration.validate(config)
-    made = sharding.make(config.mesh)
+    made = make_mesh(config.mesh)
     config.mesh = tuple(made.shape.values())
     with jax.set_mesh(made):
         evaluate_on(made, config, workdir, step=step, best_of=best_of, export=export)
@@ -103,7 +96,7 @@ def evaluate_on(
     """
     # --------------------------------------------------------------------------------------------------------- What is there
     parts = wiring.parts(config, mesh, training=False)
-    policies.check_fingerprint(parts.policy, workdir)
+    check_fingerprint(parts.policy, workdir)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
 
@@ -154,51 +147,9 @@ def evaluate_on(
             f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
         )
     if export is not None:
-        policies.export(parts.policy, trained, export)
+        export_policy(parts.policy, trained, export)
         if processes.is_first():
             print(f"The policy is in {export}, as Hugging Face's libraries read it.")
-
-
-def saved_configuration(workdir: Path) -> ml_collections.ConfigDict:
-    """Returns the configuration that a run left in its work directory.
-
-    Args:
-      workdir: where `train` wrote.
-
-    Returns:
-      A locked ConfigDict.
-
-    Raises:
-      ValueError: there is none, or it is not one of this version.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        found = "holds no config.json" if workdir.is_dir() else "is no directory"
-        raise ValueError(f"--workdir={workdir} {found}; name one that `python -m sea_jax.train` wrote to")
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    config = configuration.default()
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"{path} holds a {type(saved).__name__}; a JSON object is needed")
-    known, found_fields = configuration.flatten(config.to_dict()), configuration.flatten(saved)
-    faults = [f"config.{name}: not a field of this version" for name in found_fields if name not in known]
-    faults += [
-        f"config.{name}: missing there; the default is {json.dumps(known[name])}"
-        for name in known
-        if name not in found_fields
-    ]
-    if faults:
-        raise ValueError(
-            f"{path} was written by another version of sea_jax; change it, or use that version:\n" + "\n".join(faults)
-        )
-    for name, value in found_fields.items():
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: config.{name}={value!r}: {error}") from error
-    return config
 
 
 def check_checkpoint(directory: Path, step: int | None) -> None:
@@ -295,7 +246,7 @@ def watching(total: int) -> Iterator[Any]:
       What is put around whoever writes them.
     """
     done = 0
-    with metrics.Progress(total, "batch") as progress:
+    with Progress(total, "batch") as progress:
 
         def watched(generate: Generate) -> Generate:
             def generate_and_show(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
@@ -358,7 +309,7 @@ def compared(heldout: Evaluation, written: Mapping[str, Responses]) -> list[Comp
     pairs = [(name, against) for name in ("response", "best_of_n", "initial") for against in opponents]
     pairs = [(name, against) for name, against in pairs if name in written and name != against]
     comparisons = []
-    with metrics.Progress(len(pairs), "comparison") as progress:
+    with Progress(len(pairs), "comparison") as progress:
         for done, (name, against) in enumerate(pairs, start=1):
             found = opponents[against](written[name].texts)
             if found is not None:

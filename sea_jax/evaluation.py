@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sea_jax import ensemble, oracles, sampling
-from sea_jax.actors import Generate
-from sea_jax.data import Record
+from sea_jax import ensemble, sampling
+from sea_jax.data.prompts import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
-from sea_jax.metrics import Interval, win_rate
-from sea_jax.types import Candidates, Params, Preference, Prompts
+from sea_jax.oracles import preferences
+from sea_jax.statistics import Interval, win_rate
+from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
 Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
@@ -229,5 +229,5 @@ def compare(
     probability = np.full(len(prompts), 0.5)  # the same text is a tie: nobody needs to be asked
     if differ:
         asked = ([texts[i] for i in differ] for texts in (prompts, responses, opponents))
-        probability[differ] = oracles.probabilities(preference, *asked)
+        probability[differ] = preferences.probabilities(preference, *asked)
     return win_rate((np.sign(probability - 0.5) + 1) / 2), probability

@@ -1,17 +1,18 @@
 """What the ERM sees of a response: hidden states of a transformer that is never trained."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sea_jax import batching, generation, tokenizer
-from sea_jax.generation import SamplingConfig
-from sea_jax.models import deberta, encoder, hf, partition
+from sea_jax.data import batching
+from sea_jax.models import deberta, decoder, encoder, partition, tokenizer
+from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
-from sea_jax.tokenizer import Tokenizer
+from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 Texts = Sequence[Sequence[str]]  # B lists of M responses
@@ -42,13 +43,16 @@ def from_sampler(batch: Mapping[str, Any], candidates: Candidates, texts: Texts)
     return candidates.features
 
 
-def of_reference(reference: Params, config: ModelConfig, sampling: SamplingConfig, batch_size: int = 0) -> Featurize:
+def of_reference(
+    reference: Params, config: ModelConfig, *, feature_stack: int | None, dtype: str, batch_size: int = 0
+) -> Featurize:
     """Features are hidden states of the frozen reference policy, run again over what the trained policy wrote.
 
     Args:
       reference: the reference policy's parameters.
       config: ModelConfig.
-      sampling: SamplingConfig; its feature_stack and dtype are used.
+      feature_stack: as of `response_features`.
+      dtype: compute dtype.
       batch_size: prompts whose responses are read at a time, which bounds the memory of their activations; 0: all.
 
     Returns:
@@ -57,20 +61,55 @@ def of_reference(reference: Params, config: ModelConfig, sampling: SamplingConfi
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
         parts = [
-            generation.response_features(
+            response_features(
                 reference,
                 Prompts(batch["tokens"][rows], batch["valid"][rows]),
                 candidates.tokens[rows],
                 candidates.lengths[rows],
                 config=config,
-                feature_stack=sampling.feature_stack,
-                dtype=sampling.dtype,
+                feature_stack=feature_stack,
+                dtype=dtype,
             )
             for rows in batching.portions(len(candidates.tokens), batch_size)
         ]
         return jnp.concatenate(parts)
 
     return featurize
+
+
+@partial(jax.jit, static_argnames=("config", "feature_stack", "dtype"))
+def response_features(
+    params: Params,
+    prompts: Prompts,
+    tokens: Array,
+    lengths: Array,
+    *,
+    config: ModelConfig,
+    feature_stack: int | None,
+    dtype: str = "float32",
+) -> Array:
+    """Returns the mean hidden state over each response's tokens, read from a model that did not write them.
+
+    Args:
+      params: a decoder's parameters; only the first `feature_stack` stacks are run.
+      prompts: Prompts, [B, P].
+      tokens: [B, M, T] int32.
+      lengths: [B, M] int32, at least 1.
+      config: ModelConfig.
+      feature_stack: behind this many stacks of layers; None: behind the last norm.
+      dtype: compute dtype.
+
+    Returns:
+      [B, M, d] float32; what the sampler reads on the way when the weights are the same.
+    """
+    valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+    streams = decoder.embed(params, config, prompts.tokens, prompts.valid, tokens, valid, dtype=dtype)
+    for stack in params["stacks"][:feature_stack]:
+        streams, _ = decoder.run_stack(stack, config, streams)
+    assert streams.responses is not None
+    hidden = streams.responses if feature_stack is not None else decoder.final(params, config, streams.responses)
+    hidden = jnp.where(valid[..., None], hidden.astype(jnp.float32), 0)
+    return partition.whole(hidden.sum(2) / lengths[..., None])
 
 
 def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Featurize:

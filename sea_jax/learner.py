@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sea_jax import logprobs, losses
-from sea_jax.models import decoder, partition
+from sea_jax import losses
+from sea_jax.models import decoder, logprobs, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
 
@@ -64,36 +64,6 @@ class Learner:
     trained: Params
     opt_state: Any
     step: Array
-
-
-def divide(params: Params, num_trained_stacks: int | None) -> tuple[Params, Params]:
-    """Divides parameters into (frozen, trained).
-
-    Args:
-      params: a decoder's parameters.
-      num_trained_stacks: the last so many stacks of layers and the last norm are trained; None: everything.
-
-    Returns:
-      Two trees that `join` puts together again.
-    """
-    if num_trained_stacks is None:
-        return {"stacks": ()}, params
-    trained = {"stacks": params["stacks"][-num_trained_stacks:], "final_norm": params["final_norm"]}
-    frozen = {name: value for name, value in params.items() if name not in trained}
-    return {**frozen, "stacks": params["stacks"][:-num_trained_stacks]}, trained
-
-
-def join(frozen: Params, trained: Params) -> Params:
-    """Returns the whole tree of parameters.
-
-    Args:
-      frozen: first part of `divide`.
-      trained: second part of `divide`.
-
-    Returns:
-      A decoder's parameters.
-    """
-    return {**frozen, **trained, "stacks": (*frozen["stacks"], *trained["stacks"])}
 
 
 def schedule(config: LearnerConfig) -> optax.Schedule:
@@ -188,7 +158,7 @@ def response_logprobs(
         shared = jax.lax.stop_gradient(shared)
 
     def behind(part: Params) -> Array:
-        params = join(frozen, part)
+        params = decoder.join(frozen, part)
         streams = embed(params) if shared is None else shared
         for stack in part["stacks"]:
             streams, _ = decoder.run_stack(stack, config, streams, remat=remat)

@@ -14,11 +14,9 @@ Read are
 """
 
 import argparse
-import json
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +27,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sea_jax import config as configuration
-from sea_jax.metrics import Interval, over_seeds, read_lines
-
-WIN_RATE = "eval/rm_win_rate"
-BEST_OF_N_WIN_RATE = "eval/bon_win_rate"
-QUERIES = "misc/query_step"
-GRADIENT_STEPS = "misc/gradient_steps"
-LENGTH = "eval/rm_response_length"
-INITIAL_LENGTH = "eval/initial_response_length"
+from sea_jax import history
+from sea_jax.statistics import Interval
 
 REPORT = "report.md"
 PICTURE = "win_rate.png"
 EMBEDDED_PICTURE = f"![Win rate against queries and policy gradient steps]({PICTURE})"
-MEASURES = {"policy": WIN_RATE, "best of N": BEST_OF_N_WIN_RATE}
-
-SAMPLE_FIELDS = ("step", "prompt_id", "prompt", "reference", "initial", "response")
 SETTINGS = {
     "policy": ("policy", "source"),
     "duel rule": ("exploration", "rule"),
@@ -54,7 +42,6 @@ SETTINGS = {
 EXAMPLES = 5
 PROMPT_CHARACTERS = 400
 RESPONSE_CHARACTERS = 600
-MOST_FIELDS_NAMED = 3  # in a method's label; if configurations differ in more, the work directory's name stands there
 # Told apart in the common kinds of colour blindness: Okabe and Ito (2008), https://jfly.uni-koeln.de/color/.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -62,197 +49,6 @@ INTERVALS = (
     "Intervals are Student's t over seeds or, for a method with one seed, Wilson's over prompts. Seeds that were not "
     "evaluated at the same numbers of queries are compared by linear interpolation, as far as all of them have come."
 )
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the files of one work directory hold."""
-
-    workdir: Path
-    config: Line
-    metrics: list[Line]
-    samples: list[Line]
-    paid_labels: int
-    erm_labels: int
-
-    @property
-    def label(self) -> str:
-        """The method: what the config calls it, else the work directory's name."""
-        return str(self.config.get("name") or self.workdir.resolve().name)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A win rate along a run, or the mean of several seeds' runs.
-
-    Attributes:
-      queries: [N] queries paid.
-      gradient_steps: [N] policy gradient steps.
-      intervals: N win rates.
-    """
-
-    queries: np.ndarray
-    gradient_steps: np.ndarray
-    intervals: list[Interval]
-
-
-def _require(path: Path, lines: Sequence[Line], names: Sequence[str]) -> None:
-    for line in lines:
-        if lacking := [name for name in names if name not in line]:
-            raise ValueError(f"{path}: the line {json.dumps(line)[:120]} lacks {', '.join(lacking)}")
-
-
-def read(workdir: Path) -> Run:
-    """Reads a work directory.
-
-    Args:
-      workdir: the directory a run wrote to.
-
-    Returns:
-      The run.
-
-    Raises:
-      FileNotFoundError: the directory lacks one of the files.
-      ValueError: a file is damaged, or an evaluation lacks one of its numbers.
-    """
-    paths = {name: workdir / name for name in ("config.json", "metrics.jsonl", "queries.jsonl", "samples.jsonl")}
-    for path in paths.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: a report needs {', '.join(paths)} of a run's work directory")
-    try:
-        config = json.loads(paths["config.json"].read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{paths['config.json']} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{paths['config.json']} must hold an object, found {type(config).__name__}")
-    metrics = read_lines(paths["metrics.jsonl"])
-    _require(paths["metrics.jsonl"], metrics, ("step",))
-    for win_rate in MEASURES.values():
-        measured = [line for line in metrics if win_rate in line]
-        needed = (QUERIES, GRADIENT_STEPS, f"{win_rate}_low", f"{win_rate}_high", LENGTH, INITIAL_LENGTH)
-        _require(paths["metrics.jsonl"], measured, needed)
-    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event") != "ask"]
-    _require(paths["queries.jsonl"], labels, ("counted",))
-    samples = read_lines(paths["samples.jsonl"])
-    _require(paths["samples.jsonl"], samples, SAMPLE_FIELDS)
-    paid_labels = sum(bool(label["counted"]) for label in labels)
-    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels)
-
-
-def evaluations(run: Run, win_rate: str = WIN_RATE) -> list[Line]:
-    """The metric lines that hold an evaluation.
-
-    Args:
-      run: a run.
-      win_rate: the metric that marks one.
-
-    Returns:
-      The lines in order.
-    """
-    return [line for line in run.metrics if win_rate in line]
-
-
-def interval(line: Line, win_rate: str) -> Interval:
-    """A win rate with its bounds from one metric line.
-
-    Args:
-      line: a line that holds the win rate.
-      win_rate: the metric.
-
-    Returns:
-      The interval over prompts of one seed.
-    """
-    return Interval(line[win_rate], line[f"{win_rate}_low"], line[f"{win_rate}_high"], 1)
-
-
-def _column(lines: Sequence[Line], name: str) -> np.ndarray:
-    return np.asarray([line[name] for line in lines], np.float64)
-
-
-def curve(runs: Sequence[Run], win_rate: str = WIN_RATE, along: str = QUERIES) -> Curve | None:
-    """A win rate along a single run, or its mean over seeds.
-
-    Seeds need not pay their queries at the same steps, so their curves are read, by linear interpolation, at the first
-    run's own evaluations as far as every run has come. Runs with a single evaluation each (at the end, for best of N)
-    are averaged there.
-
-    Args:
-      runs: one run, or the runs of several seeds.
-      win_rate: the metric.
-      along: the metric, non-decreasing along a run, at whose values the seeds are compared.
-
-    Returns:
-      The curve, with the Wilson interval over prompts for one run and the Student-t interval over seeds for several;
-      None if a run has no evaluation, or if the runs have no stretch in common.
-    """
-    measured = [evaluations(run, win_rate) for run in runs]
-    if not all(measured):
-        return None
-    if len(runs) == 1:
-        (lines,) = measured
-        intervals = [interval(line, win_rate) for line in lines]
-        return Curve(_column(lines, QUERIES), _column(lines, GRADIENT_STEPS), intervals)
-    positions = [_column(lines, along) for lines in measured]
-    first, last = max(x[0] for x in positions), min(x[-1] for x in positions)
-    if first > last and any(len(lines) > 1 for lines in measured):
-        return None
-    at = np.unique(np.clip(positions[0], first, last))
-
-    def read_off(name: str) -> np.ndarray:
-        columns = (_column(lines, name) for lines in measured)
-        return np.stack([np.interp(at, x, column) for x, column in zip(positions, columns, strict=True)])
-
-    intervals = [over_seeds(values) for values in read_off(win_rate).T]
-    return Curve(read_off(QUERIES).mean(axis=0), read_off(GRADIENT_STEPS).mean(axis=0), intervals)
-
-
-def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method: those of one name, and of one configuration but for the seed and what changes no number.
-
-    Args:
-      runs: runs of any methods and seeds.
-
-    Returns:
-      Label -> its runs in the order given. Where configurations of one name differ, the label says in what, or, if in too
-      much, is the name of the first of their work directories.
-
-    Raises:
-      ValueError: two runs of one method have the same seed.
-    """
-    methods: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {}  # name -> what a method sets, and its runs
-    for run in runs:
-        own, namesakes = _settings(run), methods.setdefault(run.label, [])
-        seeds = next((some for settings, some in namesakes if settings == own), None)
-        if seeds is None:
-            namesakes.append((own, seeds := []))
-        twin = next((one for one in seeds if one.config.get("seed") == run.config.get("seed")), None)
-        if twin is not None:
-            raise ValueError(
-                f"--workdir={twin.workdir} and --workdir={run.workdir} are runs of one configuration with the same seed "
-                f"{run.config.get('seed')}: they tell no more than one of them; leave one out"
-            )
-        seeds.append(run)
-    grouped: dict[str, list[Run]] = {}
-    for name, namesakes in methods.items():
-        known = set().union(*(settings for settings, _ in namesakes))
-        first = namesakes[0][0]
-        fields = sorted(f for f in known if any(settings.get(f) != first.get(f) for settings, _ in namesakes))
-        for settings, seeds in namesakes:
-            told = [f"{field}={settings.get(field)}" for field in fields]
-            if len(fields) > MOST_FIELDS_NAMED:
-                told = [seeds[0].workdir.resolve().name]
-            label = ", ".join([name, *told])
-            grouped[f"{name}, {seeds[0].workdir}" if label in grouped else label] = seeds
-    return grouped
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The fields of a run's configuration on which its numbers depend."""
-    left_out = configuration.MAY_DIFFER | {"name", "seed", "mesh"}
-    flat = configuration.flatten(run.config)
-    return {name: value for name, value in flat.items() if name not in left_out and not name.startswith("checkpoint.")}
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, intervals: Sequence[Interval], color: str, **line: Any) -> None:
@@ -267,7 +63,7 @@ def _draw_curve(axes: Axes, x: np.ndarray, intervals: Sequence[Interval], color:
     axes.plot(x, mean, color=color, zorder=3, clip_on=False, **line)
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[history.Run], path: Path) -> None:
     """Draws the win rates against queries and against policy gradient steps.
 
     Args:
@@ -290,15 +86,15 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     with style.context(["default", appearance]):
         figure = Figure(figsize=(9.6, 4.0), dpi=125, layout=ConstrainedLayoutEngine(wspace=0.05))
         panels = figure.subplots(1, 2, sharey=True)
-        names = ((QUERIES, "oracle queries"), (GRADIENT_STEPS, "policy gradient steps"))
+        names = ((history.QUERIES, "oracle queries"), (history.GRADIENT_STEPS, "policy gradient steps"))
         for axes, (along, name) in zip(panels, names, strict=True):
-            for index, (label, seeds) in enumerate(groups(runs).items()):
+            for index, (label, seeds) in enumerate(history.groups(runs).items()):
                 color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-                for measure, win_rate in MEASURES.items():
-                    if found := curve(seeds, win_rate, along):
-                        x = found.queries if along == QUERIES else found.gradient_steps
-                        look: Line = {"marker": marker, "label": label}
-                        if win_rate == BEST_OF_N_WIN_RATE:
+                for measure, win_rate in history.MEASURES.items():
+                    if found := history.curve(seeds, win_rate, along):
+                        x = found.queries if along == history.QUERIES else found.gradient_steps
+                        look: history.Line = {"marker": marker, "label": label}
+                        if win_rate == history.BEST_OF_N_WIN_RATE:
                             look |= {"linestyle": "--", "markerfacecolor": "white", "label": f"{label}, {measure}"}
                         if len(seeds) > 1:
                             look["label"] += f" ({len(seeds)} seeds)"
@@ -324,7 +120,7 @@ def _shown(interval: Interval) -> str:
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _header(run: Run) -> str:
+def _header(run: history.Run) -> str:
     parts = [f"**{run.label}**"]
     if "seed" in run.config:
         parts.append(f"seed {run.config['seed']}")
@@ -334,7 +130,9 @@ def _header(run: Run) -> str:
         if field in run.config.get(section, {})
     ]
     steps = run.metrics[-1]["step"] if run.metrics else 0
-    gradient_steps = max((line[GRADIENT_STEPS] for line in run.metrics if GRADIENT_STEPS in line), default=0)
+    gradient_steps = max(
+        (line[history.GRADIENT_STEPS] for line in run.metrics if history.GRADIENT_STEPS in line), default=0
+    )
     budget = f" of {run.config['max_queries']:,}" if "max_queries" in run.config else ""
     return (
         f"{', '.join(parts)}: {run.paid_labels:,}{budget} queries paid in {steps:,} training steps with "
@@ -342,18 +140,18 @@ def _header(run: Run) -> str:
     )
 
 
-def _evaluation_section(run: Run) -> str:
-    lines = evaluations(run)
+def _evaluation_section(run: history.Run) -> str:
+    lines = history.evaluations(run)
     if not lines:
         return "This run holds no evaluation yet."
     header = ["queries", "policy steps", "win rate [95% interval]", "mean length (initial)", "best-of-N win rate"]
     rows = [
         [
-            f"{line[QUERIES]:,}",
-            f"{line[GRADIENT_STEPS]:,}",
-            _shown(interval(line, WIN_RATE)),
-            f"{line[LENGTH]:.1f} ({line[INITIAL_LENGTH]:.1f})",
-            _shown(interval(line, BEST_OF_N_WIN_RATE)) if BEST_OF_N_WIN_RATE in line else "",
+            f"{line[history.QUERIES]:,}",
+            f"{line[history.GRADIENT_STEPS]:,}",
+            _shown(history.interval(line, history.WIN_RATE)),
+            f"{line[history.LENGTH]:.1f} ({line[history.INITIAL_LENGTH]:.1f})",
+            _shown(history.interval(line, history.BEST_OF_N_WIN_RATE)) if history.BEST_OF_N_WIN_RATE in line else "",
         ]
         for line in lines
     ]
@@ -366,7 +164,7 @@ def _evaluation_section(run: Run) -> str:
     )
 
 
-def _timing_section(run: Run) -> str:
+def _timing_section(run: history.Run) -> str:
     total_s: dict[str, float] = {}
     for line in run.metrics:
         for name, value in line.items():
@@ -388,7 +186,7 @@ def _quoted(text: str, limit: int) -> str:
     return "\n".join([f"{fence}text", *wrapped, fence])
 
 
-def _example_section(run: Run) -> str:
+def _example_section(run: history.Run) -> str:
     if not run.samples:
         return "This run holds no samples yet."
     step = run.samples[-1]["step"]
@@ -441,10 +239,10 @@ def write(workdir: Path, output: Path | None = None) -> Path:
       FileNotFoundError: the work directory lacks a file.
       ValueError: a file is damaged.
     """
-    run = read(workdir)
+    run = history.read_run(workdir)
     output = workdir if output is None else output
     output.mkdir(parents=True, exist_ok=True)
-    if evaluations(run):
+    if history.evaluations(run):
         draw([run], output / PICTURE)
     labels = _table(
         ["labelled by", "pairs"], [["oracle (counted)", f"{run.paid_labels:,}"], ["ERM", f"{run.erm_labels:,}"]]
@@ -460,7 +258,7 @@ def write(workdir: Path, output: Path | None = None) -> Path:
     return _write_report(output, f"# {run.label}\n\n{_header(run)}\n\n{body}\n")
 
 
-def comparison_table(runs: Sequence[Run]) -> str:
+def comparison_table(runs: Sequence[history.Run]) -> str:
     """The win rates of several methods, each a mean over its seeds.
 
     Args:
@@ -470,8 +268,8 @@ def comparison_table(runs: Sequence[Run]) -> str:
       A Markdown table with one row per method and evaluation.
     """
     rows = []
-    for label, seeds in groups(runs).items():
-        found = [(title, curve(seeds, win_rate)) for title, win_rate in MEASURES.items()]
+    for label, seeds in history.groups(runs).items():
+        found = [(title, history.curve(seeds, win_rate)) for title, win_rate in history.MEASURES.items()]
         if all(measured is None for _, measured in found):
             rows.append([label, "", str(len(seeds)), "", "", "no evaluation in common"])
         rows += [
@@ -485,7 +283,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
     return _table(["method", "responses of", "seeds", "queries", "policy steps", "win rate [95% interval]"], rows)
 
 
-def compare(runs: Sequence[Run], output: Path) -> Path:
+def compare(runs: Sequence[history.Run], output: Path) -> Path:
     """Writes report.md and win_rate.png for several runs, those with one label taken as the seeds of one method.
 
     Args:
@@ -496,8 +294,8 @@ def compare(runs: Sequence[Run], output: Path) -> Path:
       The path of the report.
     """
     output.mkdir(parents=True, exist_ok=True)
-    text = f"# {', '.join(groups(runs))}\n\n{comparison_table(runs)}\n\n{INTERVALS}\n"
-    if any(curve(seeds) for seeds in groups(runs).values()):
+    text = f"# {', '.join(history.groups(runs))}\n\n{comparison_table(runs)}\n\n{INTERVALS}\n"
+    if any(history.curve(seeds) for seeds in history.groups(runs).values()):
         draw(runs, output / PICTURE)
         text += f"\n{EMBEDDED_PICTURE}\n"
     return _write_report(output, text)
@@ -515,7 +313,7 @@ def main() -> None:
         if len(arguments.workdir) == 1:
             report = write(arguments.workdir[0], arguments.output)
         else:
-            runs = [read(workdir) for workdir in arguments.workdir]
+            runs = [history.read_run(workdir) for workdir in arguments.workdir]
             report = compare(runs, arguments.output)
             print(comparison_table(runs))
     except (FileNotFoundError, ValueError) as error:

@@ -15,14 +15,16 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from sea_jax import cache, console, data, files, learner, metrics, policies, wiring
 from sea_jax import config as configuration
-from sea_jax.data import Rendered
+from sea_jax import learner, wiring
+from sea_jax.data.prompts import Rendered, collate
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
-from sea_jax.policies import Policy
-from sea_jax.tokenizer import Tokenizer
+from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.policy import Policy, export_policy, load_policy
+from sea_jax.runtime import cache, console, files, metrics
+from sea_jax.runtime.progress import Progress
 from sea_jax.types import Array, Params, Prompts
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
@@ -158,8 +160,8 @@ def _batches(
 ) -> Iterator[tuple[Prompts, np.ndarray, np.ndarray]]:
     """Endless batches of prompts, reference tokens [B, 1, T] and lengths [B, 1], in an order of the seed's."""
 
-    def collate(rows: Sequence[Rendered]) -> tuple[Prompts, np.ndarray, np.ndarray]:
-        batch = data.collate(rows, words.pad_id, bucket)
+    def collate_pairs(rows: Sequence[Rendered]) -> tuple[Prompts, np.ndarray, np.ndarray]:
+        batch = collate(rows, words.pad_id, bucket)
         tokens = np.full((len(rows), 1, max_response_tokens), words.pad_id, np.int32)
         lengths = np.zeros((len(rows), 1), np.int32)
         for row, one in enumerate(rows):
@@ -167,7 +169,7 @@ def _batches(
             tokens[row, 0, : len(ids)], lengths[row] = ids, len(ids)
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), tokens, lengths
 
-    return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate))
+    return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate_pairs))
 
 
 def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
@@ -184,7 +186,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     begin = time.perf_counter()
     if output.exists() and any(output.iterdir()) and not (output / RECIPE).exists():
         raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
-    policy = policies.load(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
+    policy = load_policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
     train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     limit, words = config.max_response_tokens, policy.tokenizer
     batches = functools.partial(
@@ -207,7 +209,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
 
     state = learner.init(policy.initial, learner_config)
     before = heldout_loss(state.trained)
-    with metrics.Progress(config.steps, "step", 0) as progress:
+    with Progress(config.steps, "step", 0) as progress:
         for step in range(1, config.steps + 1):
             state, value = update(
                 state, policy.frozen, *next(train_batches), config=policy.config, learner_config=learner_config
@@ -242,7 +244,7 @@ def _write(policy: Policy, trained: Params, config: ml_collections.ConfigDict, o
     new, old = workshop / "new", workshop / "old"
     if workshop.exists():  # a run was killed here
         shutil.rmtree(workshop)
-    policies.export(policy, trained, new)
+    export_policy(policy, trained, new)
     files.write_whole(new / RECIPE, config.to_json() + "\n")
     if output.exists():
         output.replace(old)

@@ -1,7 +1,6 @@
 """Aligns a language model with as few preference labels as it can: `python -m sea_jax.train --config=configs/quickstart.py`."""
 
 import functools
-import json
 import math
 import sys
 import time
@@ -14,36 +13,18 @@ from absl import flags, logging
 from jax.sharding import Mesh
 
 from sea_jax import agent as sea
-from sea_jax import (
-    cache,
-    checkpoint,
-    console,
-    data,
-    ensemble,
-    evaluation,
-    experience,
-    files,
-    learner,
-    metrics,
-    policies,
-    processes,
-    report,
-    responses,
-    sharding,
-    wiring,
-)
 from sea_jax import config as configuration
-from sea_jax.interrupts import Interrupts
+from sea_jax import ensemble, evaluation, learner, report, wiring
+from sea_jax.actors.responder import resumable
+from sea_jax.data.prompts import training_batches
+from sea_jax.models.mesh import make_mesh
+from sea_jax.policy import check_fingerprint
+from sea_jax.runtime import cache, checkpoint, console, metrics, processes
+from sea_jax.runtime.interrupts import Interrupts
+from sea_jax.runtime.progress import Progress
+from sea_jax.workdir import check_workdir, claim, open_ledger, own_directory
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory for everything the run writes; train: default runs/NAME-seedSEED."
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several processes: HOST:PORT of the first, or auto where the cluster (Slurm, TPU, ...) tells."
-)
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator=HOST:PORT: how many there are.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.")
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -58,7 +39,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
       NotFiniteError: a metric is not finite.
     """
     configuration.validate(config)
-    mesh = sharding.make(config.mesh)
+    mesh = make_mesh(config.mesh)
     config = config.copy_and_resolve_references()
     config.mesh = tuple(mesh.shape.values())  # what -1 stood for, so that a run goes on where it fits
     with jax.set_mesh(mesh):
@@ -86,12 +67,12 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
     learner_config = wiring.learner_config(config.learner, config.policy.dtype, total_steps)
     ensemble_config = wiring.ensemble_config(config.erm)
     batch_size = config.data.batch_size
-    batches = data.prompts(
+    batches = training_batches(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
     )
     initial = functools.partial(wiring.initial_state, config, parts, total_steps)
 
-    policies.check_fingerprint(policy, workdir)
+    check_fingerprint(policy, workdir)
     processes.by_first(lambda: claim(workdir, config, policy.fingerprint), None, "the work directory")
     with (
         open_ledger(workdir / "queries.jsonl") as ledger,  # first, since it keeps other runs out
@@ -160,7 +141,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
             processes.together(
                 lambda: metrics.Writer(own_directory(workdir), start_step=state.step), "the metrics"
             ) as writer,
-            metrics.Progress(config.max_queries, "query", state.queries) as progress,
+            Progress(config.max_queries, "query", state.queries) as progress,
         ):
             if state.step == 0:
                 row = counters(state) | evaluated(state, writer)
@@ -177,10 +158,10 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                     row |= evaluated(state, writer)
                 writer.write(state.step, row)
                 progress.update(state.queries, progress_values(row), important="eval/rm_win_rate" in row)
-                resumable = responses.resumable(int(state.learner.step), config.actor.sync_every)
-                stopping = processes.any_of(interrupts.requested) and resumable
+                can_resume = resumable(int(state.learner.step), config.actor.sync_every)
+                stopping = processes.any_of(interrupts.requested) and can_resume
                 save_due = save_due or state.step % config.checkpoint.every_steps == 0
-                if (save_due and resumable) or done or stopping:
+                if (save_due and can_resume) or done or stopping:
                     save(state)
                     save_due = False
                 idle_steps = 0 if row["explorer/pairs"] else idle_steps + 1
@@ -203,71 +184,6 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
 
 
 MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
-
-
-def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a work directory that another configuration made.
-
-    Args:
-      workdir: where everything is written.
-      config: this run's configuration.
-
-    Raises:
-      ValueError: the work directory is another configuration's, or nobody can tell whose, or is a file.
-    """
-    saved = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is a file; name a directory")
-    if not saved.exists() and any((workdir / name).exists() for name in ("checkpoints", "queries.jsonl")):
-        raise ValueError(
-            f"--workdir={workdir} holds a run but no config.json to compare with; name another directory, or put it back"
-        )
-    differing = configuration.differences(config, saved.read_text()) if saved.exists() else []
-    if differing:
-        raise ValueError(
-            f"--workdir={workdir} belongs to another configuration; name another directory, or set:\n"
-            + "\n".join(differing)
-        )
-
-
-def claim(workdir: Path, config: ml_collections.ConfigDict, fingerprint: str) -> None:
-    """Makes the work directory and leaves the configuration in it, and what tells the policy from others.
-
-    Args:
-      workdir: where everything is written.
-      config: this run's configuration.
-      fingerprint: of the policy.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_whole(workdir / policies.FINGERPRINT, fingerprint + "\n")
-    files.write_whole(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-
-
-def open_ledger(path: Path) -> experience.Ledger:
-    """Opens the ledger in every process, the first to write; returns when all have read what it holds.
-
-    Args:
-      path: the file, or where it will be.
-
-    Returns:
-      Ledger.
-
-    Raises:
-      ValueError: the processes see different files, or another process cannot open its own.
-    """
-    ledger = processes.together(lambda: experience.Ledger(path, writes=processes.is_first()), "the ledger")
-    lines = len(ledger.lines())
-    if processes.any_of(lines != processes.of_first(lines)):
-        raise ValueError(
-            f"--workdir={path.parent} must be a directory that all processes share: {path.name} holds {lines} labels for "
-            f"process {jax.process_index()} and another number for others"
-        )
-    return ledger
-
-
-def own_directory(workdir: Path) -> Path:
-    """Returns where this process writes its numbers: the work directory for the first, one of its own inside it for others."""
-    return workdir if processes.is_first() else workdir / f"process-{jax.process_index()}"
 
 
 def exploration_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -311,29 +227,13 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
     return {shown[name]: row[name] for name in shown if name in row}
 
 
-def join_processes() -> None:
-    """Joins the processes of a run that the flags speak of.
-
-    Raises:
-      ValueError: the flags do not name all that is needed.
-    """
-    if not COORDINATOR.value:
-        return
-    if COORDINATOR.value == "auto":
-        processes.join()
-        return
-    if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
-        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id too")
-    processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-
-
 def main() -> None:
     """Reads the flags and trains."""
     config = console.CONFIG.value
     cache.keep_compiled_programs()
     console.prepare_devices()
-    join_processes()
-    train(config, Path(WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
+    console.join_processes()
+    train(config, Path(console.WORKDIR.value or f"runs/{config.name}-seed{config.seed}"))
 
 
 if __name__ == "__main__":

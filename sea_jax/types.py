@@ -3,7 +3,7 @@
 Letters: B prompts, M candidates, K heads, P prompt tokens, T response tokens, d features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -223,7 +223,7 @@ class PolicyServers(Protocol):
           max_new_tokens: T.
           eos_ids: tokens that end a response.
           vocab_size: responses have smaller ids.
-          temperature, top_k, top_p: as in `sea_jax.generation.SamplingConfig`.
+          temperature, top_k, top_p: as in `sea_jax.actors.generation.SamplingConfig`.
 
         Returns:
           B lists of M.
@@ -233,3 +233,12 @@ class PolicyServers(Protocol):
           OSError: none is up after all the waiting.
         """
         ...
+
+
+Generate = Callable[[Params, Prompts, Array, int], Candidates]
+"""Trained parameters, prompts, key, and how many policy steps made the parameters -> candidates."""
+
+Respond = Callable[[int, Params, Prompts, Array, int], tuple[Candidates, Mapping[str, float]]]
+"""The same with the number of the batch of prompts before it -> candidates, and what the log says of them."""
+
+Reward = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # N prompts, N responses -> [N] float64

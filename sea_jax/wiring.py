@@ -13,43 +13,49 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sea_jax import (
-    actors,
-    cache,
-    data,
-    ensemble,
-    evaluation,
-    experience,
-    features,
-    learner,
-    losses,
-    oracles,
-    policies,
-    processes,
-    responses,
-    sampling,
-    sharding,
-)
 from sea_jax import agent as sea
-from sea_jax.actors import Generate, Respond
-from sea_jax.config import addresses, naming, user_function
-from sea_jax.data import Rendered
+from sea_jax import ensemble, evaluation, features, learner, losses, sampling
+from sea_jax.actors.bridge import bridge
+from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.in_process import at_once, in_process
+from sea_jax.actors.journal import Journal
+from sea_jax.actors.responder import EngineResponder
+from sea_jax.data.prompts import Batch, Record, Rendered, evaluation_batches, load_records, render_all
 from sea_jax.ensemble import Ensemble, EnsembleConfig
 from sea_jax.evaluation import Evaluation, Responses
-from sea_jax.generation import SamplingConfig
 from sea_jax.learner import LearnerConfig
-from sea_jax.models import decoder, hf, partition, reward
+from sea_jax.models import decoder, partition, reward
+from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import Config, ModelConfig
-from sea_jax.policies import Policy
-from sea_jax.tokenizer import Tokenizer
-from sea_jax.types import Array, Candidates, DuelRule, Oracle, PairLogps, Params, PolicyServers, Preference, Prompts
+from sea_jax.models.mesh import check_divides
+from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.oracles import preferences
+from sea_jax.oracles.embedding import embedding_similarity
+from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
+from sea_jax.policy import Policy, load_policy
+from sea_jax.replay import empty_replay
+from sea_jax.runtime import cache, processes
+from sea_jax.settings import addresses, naming, user_function
+from sea_jax.types import (
+    Array,
+    Candidates,
+    DuelRule,
+    Generate,
+    Oracle,
+    PairLogps,
+    Params,
+    PolicyServers,
+    Preference,
+    Prompts,
+    Respond,
+)
 
 
 def prompts(
     config: ml_collections.ConfigDict,
     words: Tokenizer,
     num_heldout: int,
-    loaded: tuple[list[data.Record], list[data.Record]] | None = None,
+    loaded: tuple[list[Record], list[Record]] | None = None,
 ) -> tuple[list[Rendered], list[Rendered]]:
     """Renders the prompts with the policy's tokenizer.
 
@@ -63,7 +69,7 @@ def prompts(
       (training prompts, held-out prompts).
     """
     rendered = [
-        data.render_all(
+        render_all(
             records,
             words,
             template=config.template,
@@ -71,7 +77,7 @@ def prompts(
             system=config.system,
             max_prompt_tokens=config.max_prompt_tokens,
         )
-        for records in loaded or data.load(config)
+        for records in loaded or load_records(config)
     ]
     return rendered[0][: config.num_prompts or None], rendered[1][:num_heldout]
 
@@ -148,7 +154,13 @@ def featurize(
             return features.of_trunk(config.trunk, dtype=config.trunk_dtype, batch_size=config.trunk_batch_size)
     if loaded.features_are_frozen and actor == "in_process":
         return features.from_sampler
-    return features.of_reference(learner.join(loaded.frozen, loaded.reference), loaded.config, how, batch_size)
+    return features.of_reference(
+        decoder.join(loaded.frozen, loaded.reference),
+        loaded.config,
+        feature_stack=how.feature_stack,
+        dtype=how.dtype,
+        batch_size=batch_size,
+    )
 
 
 def num_features(config: ml_collections.ConfigDict, loaded: Policy) -> int:
@@ -215,18 +227,18 @@ def preference(config: ml_collections.ConfigDict, token_file: str = "") -> Prefe
     """
     if config.kind == "embedding":
         with naming("oracle.encoder", config.encoder):
-            return oracles.by_reward(oracles.embedding_similarity(config.encoder), config.scale)
+            return preferences.by_reward(embedding_similarity(config.encoder), config.scale)
     if config.kind == "reward_model":
         with naming("oracle.reward_model", config.reward_model):
-            scores = oracles.reward_model(
+            scores = reward_model_scores(
                 config.reward_model, dtype=config.dtype, batch_size=config.batch_size, max_tokens=config.max_tokens
             )
-        return oracles.by_reward(scores, config.scale)
+        return preferences.by_reward(scores, config.scale)
     if config.kind == "remote":
         served = remote_scores(config, token_file)
         with naming("oracle.reward_model", config.reward_model):
-            scores = oracles.remote_reward(served, config.reward_model, config.max_tokens)
-        return processes.asked_by_first(oracles.by_reward(scores, config.scale))
+            scores = remote_reward(served, config.reward_model, config.max_tokens)
+        return processes.asked_by_first(preferences.by_reward(scores, config.scale))
     return processes.asked_by_first(user_function(config.kind, "oracle.kind"))
 
 
@@ -240,8 +252,8 @@ def oracle(config: ml_collections.ConfigDict, taste: Preference) -> Oracle:
     Returns:
       Oracle.
     """
-    labeller = oracles.labelled(taste, oracles.LABELS[config.label])
-    return oracles.flipped(labeller, config.flip_probability) if config.flip_probability else labeller
+    labeller = preferences.labelled(taste, preferences.LABELS[config.label])
+    return preferences.flipped(labeller, config.flip_probability) if config.flip_probability else labeller
 
 
 def rule(name: str) -> DuelRule:
@@ -322,8 +334,8 @@ class Parts:
         """
         frozen, model = self.policy.frozen, self.policy.config
         if self.servers is None:
-            return actors.in_process(frozen, model, how, batch_size)
-        return actors.bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
+            return in_process(frozen, model, how, batch_size)
+        return bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
 
 
 def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) -> Parts:
@@ -341,7 +353,7 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) 
       ValueError: a field or file does not fit.
     """
     records = read_sources(config)
-    loaded = policies.load(
+    loaded = load_policy(
         config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, config.policy.dtype
     )
     check_mesh(config, mesh, loaded.config, training=training)
@@ -366,7 +378,7 @@ def parts(config: ml_collections.ConfigDict, mesh: Mesh, training: bool = True) 
     )
 
 
-def read_sources(config: ml_collections.ConfigDict) -> tuple[list[data.Record], list[data.Record]]:
+def read_sources(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]:
     """Reads the prompts and fetches the models of a run, or says of all that cannot be had at once.
 
     Args:
@@ -394,7 +406,7 @@ def read_sources(config: ml_collections.ConfigDict) -> tuple[list[data.Record], 
             )
             faults.append(f"config.{field}={source}: {error}{remedy}")
     try:
-        records = data.load(config.data)
+        records = load_records(config.data)
     except OSError as error:
         faults.append(
             f"config.data.path={config.data.path}: {error}; a copy of your own is named with --config.data.path=PATH"
@@ -437,7 +449,7 @@ def check_mesh(
         batch_sizes["oracle.batch_size"] = config.oracle.batch_size
         with naming("oracle.reward_model", config.oracle.reward_model):
             models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
-    sharding.check(mesh, batch_sizes, models)
+    check_divides(mesh, batch_sizes, models)
 
 
 def ensemble_config(config: ml_collections.ConfigDict) -> EnsembleConfig:
@@ -480,7 +492,7 @@ def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps:
             learner_config(config.learner, config.policy.dtype, total_steps),
         ),
         ensemble=ensemble.init(ensemble_config(config.erm), loaded.num_features, key),
-        replay=experience.empty_replay(replay_capacity(config), loaded.num_features),
+        replay=empty_replay(replay_capacity(config), loaded.num_features),
         step=0,
         queries=0,
         batches=0,
@@ -535,7 +547,7 @@ class Responder:
 
 @contextmanager
 def responder(
-    config: ml_collections.ConfigDict, loaded: Parts, batches: Callable[[int], data.Batch], directory: Path
+    config: ml_collections.ConfigDict, loaded: Parts, batches: Callable[[int], Batch], directory: Path
 ) -> Iterator[Responder]:
     """Opens the way from prompts to candidates.
 
@@ -550,7 +562,7 @@ def responder(
     """
     generate = loaded.generate(loaded.sampling, config.sampling.batch_size)
     if config.actor.kind == "in_process":
-        yield Responder(actors.at_once(generate), lambda: None, lambda batches: None)
+        yield Responder(at_once(generate), lambda: None, lambda batches: None)
         return
     if config.actor.lag and jax.process_count() > 1:
         raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
@@ -561,8 +573,8 @@ def responder(
         key = sea.generation_key(jax.random.fold_in(jax.random.key(config.seed), number + 1))
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), key
 
-    journal = responses.Journal(directory, config.checkpoint.keep)
-    with responses.Responses(
+    journal = Journal(directory, config.checkpoint.keep)
+    with EngineResponder(
         generate,
         functools.partial(logprobs, policy.frozen, config=policy.config, dtype=config.policy.dtype),
         journal,
@@ -593,7 +605,7 @@ def heldout_evaluation(
     """
     padding, decode = loaded.padding(config.data.bucket), texts(loaded.policy.tokenizer)
     how = functools.partial(sampling_config, config, loaded.policy, max_new_tokens=config.eval.max_new_tokens)
-    heldout = list(data.once(loaded.heldout_prompts, batch_size=config.eval.batch_size, **padding))
+    heldout = list(evaluation_batches(loaded.heldout_prompts, batch_size=config.eval.batch_size, **padding))
     few = loaded.heldout_prompts[: config.eval.best_of_n_prompts]
     many = how(num_samples=max(best_of_n, 1), temperature=config.sampling.temperature)
     write_one = watched(loaded.generate(how(num_samples=1, temperature=0.0)))
@@ -603,7 +615,7 @@ def heldout_evaluation(
         return evaluation.greedy(write_one, decode, trained, version, heldout)
 
     def chosen(trained: Params, reward_model: Ensemble, version: int) -> Responses:
-        batches = list(data.once(few, batch_size=config.data.batch_size, **padding))
+        batches = list(evaluation_batches(few, batch_size=config.data.batch_size, **padding))
         key = jax.random.key(config.seed)
         return evaluation.best_of_n(write_many, decode, loaded.features, trained, version, reward_model, batches, key)
 

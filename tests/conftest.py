@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from sea_jax import builtin, tokenizer
+from sea_jax.models import tokenizer
+from sea_jax.models.checkpoints import builtin
 
-# As many as the meshes of tests/test_sharding.py need; what sets no mesh uses the first alone.
+# As many as the meshes of tests/models/test_mesh.py need; what sets no mesh uses the first alone.
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The first example of a property compiles and would miss any deadline.

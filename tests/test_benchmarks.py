@@ -13,10 +13,11 @@ from benchmarks import agreement, machine, step, work
 from benchmarks.inputs import Inputs, Settings
 from benchmarks.jax_step import JaxStep
 from benchmarks.torch_step import TorchStep
-from sea_jax import policies, tiny_random
-from sea_jax.data import Rendered
-from sea_jax.models import encoder, hf
+from sea_jax.data.prompts import Rendered
+from sea_jax.models import encoder
+from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.config import EncoderConfig, ModelConfig
+from sea_jax.policy import load_policy
 
 torch.set_num_threads(1)  # threads that wait for work this small take longer than the work
 
@@ -57,7 +58,7 @@ class Small(NamedTuple):
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     directory = tmp_path_factory.mktemp("models")
     tiny_random.write(directory / "policy", "tiny-random-llama")
-    policy = policies.load(str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer)
+    policy = load_policy(str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer)
     config = EncoderConfig(
         family="bert",
         vocab_size=policy.config.vocab_size,

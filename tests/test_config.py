@@ -10,6 +10,7 @@ import pytest
 import configs
 from sea_jax import config as configuration
 from sea_jax.config import flatten
+from sea_jax.settings import addresses, user_function
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_servers_need_an_address(config, part, kind):
         configuration.validate(config)
     config[part].urls = "http://127.0.0.1:8000/, https://elsewhere"
     configuration.validate(config)
-    assert configuration.addresses(config[part].urls) == ("http://127.0.0.1:8000", "https://elsewhere")
+    assert addresses(config[part].urls) == ("http://127.0.0.1:8000", "https://elsewhere")
 
 
 @pytest.mark.parametrize("kind", ["reward_model", "remote"])
@@ -286,7 +287,7 @@ def user_module(tmp_path, monkeypatch):
 def test_a_function_of_the_user(user_module, config):
     config.exploration.rule = "taste_of_mine:rule"
     configuration.validate(config)
-    assert configuration.user_function("taste_of_mine:rule", "exploration.rule")(None, None, None) == 3
+    assert user_function("taste_of_mine:rule", "exploration.rule")(None, None, None) == 3
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_a_function_of_the_user(user_module, config):
 )
 def test_a_function_of_the_user_that_is_not_there(user_module, name, message):
     with pytest.raises(ValueError, match=rf"^config\.exploration\.rule={name}: .*{message}"):
-        configuration.user_function(name, "exploration.rule")
+        user_function(name, "exploration.rule")
 
 
 def test_differences(config):

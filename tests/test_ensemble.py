@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from sea_jax import ensemble, experience
+from sea_jax import ensemble
 from sea_jax.ensemble import Ensemble, EnsembleConfig
-from sea_jax.experience import Replay
+from sea_jax.replay import Replay, add_pairs, empty_replay
 from sea_jax.types import Array, Params
 
 SMALL = EnsembleConfig(
@@ -20,7 +20,7 @@ D = 5
 
 UPDATE = jax.jit(ensemble.update, static_argnames="config")
 REWARDS = jax.jit(ensemble.rewards)
-ADD = jax.jit(experience.add)
+ADD = jax.jit(add_pairs)
 
 
 @cache
@@ -35,7 +35,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def replay(labels: list[float], capacity: int = 8, seed: int = 0) -> Replay:
     """A replay of random features with these labels."""
     count = len(labels)
-    empty = experience.empty_replay(capacity, D)
+    empty = empty_replay(capacity, D)
     return ADD(empty, normal(seed, count, 2, D), np.array(labels, np.float32), np.ones(count, bool))
 
 
@@ -164,7 +164,7 @@ def test_the_prior_weighs_lambda_over_n():
     config = dataclasses.replace(SMALL, steps=1, weight_decay=0.0)
     state = moved(initial())
     pair = np.broadcast_to(normal(1, D), (4, 2, D))
-    held = experience.empty_replay(4, D)
+    held = empty_replay(4, D)
     # Both responses are the same: the likelihood is log 2, whatever the heads say, and leaves the prior alone.
 
     def distance(heads: Params) -> float:
@@ -191,7 +191,7 @@ TWO = EnsembleConfig(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_dec
 def gradient_and_loss(state: Ensemble, pairs: np.ndarray, config: EnsembleConfig) -> tuple[Params, float]:
     """What Adam is given for N pairs [N, 2, 1] won by the first response, and the loss that is reported."""
     count = len(pairs)
-    held = ADD(experience.empty_replay(4, 1), pairs, np.ones(count, np.float32), np.ones(count, bool))
+    held = ADD(empty_replay(4, 1), pairs, np.ones(count, np.float32), np.ones(count, bool))
     learnt, report = UPDATE(state, held, jax.random.key(0), config)
     first_moment = optax.tree_utils.tree_get(learnt.opt_state, "mu")
     return jax.tree.map(lambda m: 10 * np.asarray(m), first_moment), float(report["loss"])
@@ -240,7 +240,7 @@ def test_the_likelihood_is_summed_over_heads_or_averaged(nll, anchor_strength, w
 
 def test_an_empty_replay_changes_nothing():
     state = moved(initial())
-    learnt, _ = UPDATE(state, experience.empty_replay(8, D), jax.random.key(1), SMALL)
+    learnt, _ = UPDATE(state, empty_replay(8, D), jax.random.key(1), SMALL)
     jax.tree.map(np.testing.assert_array_equal, learnt, state)
 
 
@@ -275,7 +275,7 @@ def test_a_simple_preference_is_learnt():
     taste = np.array([1.0, -2.0, 0.5, 0.0, 1.0])
     features = np.random.default_rng(0).normal(size=(160, 2, D)).astype(np.float32)
     labels = (features[:, 0] @ taste > features[:, 1] @ taste).astype(np.float32)
-    held = ADD(experience.empty_replay(64, D), features[:64], labels[:64], np.ones(64, bool))
+    held = ADD(empty_replay(64, D), features[:64], labels[:64], np.ones(64, bool))
     state = initial()
     for index in range(4):
         state, report = UPDATE(state, held, jax.random.key(index), config)

@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, checkpoint, evaluate, learner, sharding, train, wiring
-from sea_jax.models import hf
-from tests.taste import arbitrary
+from sea_jax import evaluate, train, wiring
+from sea_jax.models import decoder
+from sea_jax.models.checkpoints import hf
+from sea_jax.models.mesh import make_mesh
+from sea_jax.runtime import cache, checkpoint
+from sea_jax.workdir import saved_configuration
+from tests.support.taste import arbitrary
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache.keep_compiled_programs()
     config = tiny_random.get_config()
     config.learner.learning_rate = 3e-2
-    config.oracle.kind = "tests.taste:arbitrary"
+    config.oracle.kind = "tests.support.taste:arbitrary"
     config.eval.against_references = True
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.train(config, workdir)
@@ -144,14 +148,14 @@ def test_the_command_shows_how_far_it_is_and_prints_the_win_rates(done: Done) ->
 
 
 def test_the_export_holds_the_frozen_and_the_trained_parameters(done: Done) -> None:
-    config = evaluate.saved_configuration(done.workdir)
-    mesh = sharding.make(config.mesh)
+    config = saved_configuration(done.workdir)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         parts = wiring.parts(config, mesh)
         with checkpoint.open_directory(done.workdir / "checkpoints", 9) as opened:
             restored = checkpoint.restore(opened, wiring.initial_state(config, parts, 100))
     assert restored is not None
-    whole = learner.join(parts.policy.frozen, restored[1].learner.trained)
+    whole = decoder.join(parts.policy.frozen, restored[1].learner.trained)
     found = hf.load(done.policy, cuts=(1,)).params
     jax.tree.map(np.testing.assert_array_equal, found, whole)
     start = hf.load(config.policy.source, cuts=(1,)).params

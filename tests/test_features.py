@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sea_jax import features, generation, tiny_random
-from sea_jax.generation import SamplingConfig
-from sea_jax.models import encoder, hf
-from sea_jax.models.config import EncoderConfig, from_hf
+from sea_jax import features
+from sea_jax.actors.generation import SamplingConfig
+from sea_jax.models import encoder
+from sea_jax.models.checkpoints import hf, tiny_random
+from sea_jax.models.checkpoints.config_json import from_hf
+from sea_jax.models.config import EncoderConfig
 from sea_jax.types import Candidates
-from tests import tiny
+from tests.support import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sea", "salt", "is", "why", "wet", "it"]
 
@@ -109,10 +111,12 @@ def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
         at_a_time.append(len(tokens))
         return original(params, prompts, tokens, *arguments, **named)
 
-    original = generation.response_features
-    monkeypatch.setattr(generation, "response_features", counted)
+    original = features.response_features
+    monkeypatch.setattr(features, "response_features", counted)
     how = SamplingConfig(num_samples=3, max_new_tokens=6, eos_ids=(0,), pad_id=0, feature_stack=1)
-    featurize = features.of_reference(params, tiny.CONFIG, how, batch_size)
+    featurize = features.of_reference(
+        params, tiny.CONFIG, feature_stack=how.feature_stack, dtype=how.dtype, batch_size=batch_size
+    )
     found = featurize({"tokens": np.asarray(prompts.tokens), "valid": np.asarray(prompts.valid)}, written, ())
     assert at_a_time == read
     for row, column in [(0, 0), (1, 1), (3, 2)]:

@@ -137,7 +137,14 @@ def start(workdir: Path, service: Service, *flags: str) -> Started:
         "USE_TORCH": "0",  # for transformers, which takes a second to look whether it is there
         "PYTHONDONTWRITEBYTECODE": "",  # the next start finds its modules compiled
     }
-    command = [sys.executable, "-m", "tests.billed_run", "--config=tests/billed_run.py", f"--workdir={workdir}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.programs.billed_run",
+        "--config=tests/programs/billed_run.py",
+        f"--workdir={workdir}",
+        *flags,
+    ]
     with output.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     return Started(process, workdir, told, output, since)

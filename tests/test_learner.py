@@ -12,7 +12,7 @@ from sea_jax import learner, losses
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.types import Array, Params, PreferenceBatch, Prompts
-from tests import tiny
+from tests.support import tiny
 
 BETA = 0.3
 LOSS = partial(losses.dpo, beta=BETA)  # one object: a static argument of `update`
@@ -203,8 +203,8 @@ def test_without_any_weight_nothing_changes():
 @cache
 def divided() -> tuple[Params, Params, Params]:
     """The policy's first layer as the frozen part; its last two, and the reference's, as trained parts."""
-    frozen, trained = learner.divide(decoder.recut(policy(), (1,)), 1)
-    return frozen, trained, learner.divide(decoder.recut(reference(), (1,)), 1)[1]
+    frozen, trained = decoder.divide(decoder.recut(policy(), (1,)), 1)
+    return frozen, trained, decoder.divide(decoder.recut(reference(), (1,)), 1)[1]
 
 
 LAST = dataclasses.replace(PLAIN, clip_norm=0.5, weight_decay=0.1)
@@ -212,7 +212,7 @@ LAST = dataclasses.replace(PLAIN, clip_norm=0.5, weight_decay=0.1)
 
 def test_the_last_layers_alone_are_the_whole_model_with_the_other_gradients_zeroed():
     frozen, trained, reference_part = divided()
-    whole, _ = update(batch(), reference_policy=decoder.recut(learner.join(frozen, reference_part), ()))
+    whole, _ = update(batch(), reference_policy=decoder.recut(decoder.join(frozen, reference_part), ()))
     of_whole = gradient(whole)
     last = {
         "stacks": (jax.tree.map(lambda leaf: leaf[1:], of_whole["stacks"][0]),),
@@ -233,10 +233,10 @@ def test_the_last_layers_alone_are_the_whole_model_with_the_other_gradients_zero
 def test_divide_and_join():
     params = tiny.params(0, (1, 2))
     for num_stacks in (None, 1, 2, 3):
-        frozen, trained = learner.divide(params, num_stacks)
+        frozen, trained = decoder.divide(params, num_stacks)
         assert len(trained["stacks"]) == (num_stacks or 3)
-        assert_trees_equal(learner.join(frozen, trained), params)
-    frozen, trained = learner.divide(params, 1)
+        assert_trees_equal(decoder.join(frozen, trained), params)
+    frozen, trained = decoder.divide(params, 1)
     assert set(trained) == {"stacks", "final_norm"}
     assert set(frozen) == {"stacks", "embed"}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, config, train
-from sea_jax.experience import Ledger
+from sea_jax import config, train
+from sea_jax.oracles.ledger import Ledger
+from sea_jax.runtime import cache
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -53,10 +54,10 @@ def test_every_field_that_the_readme_sets_exists() -> None:
     assert [name for name in named if name not in known] == []
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
+def test_every_file_and_folder_that_the_readme_names_exists() -> None:
     root = Path(__file__).parent.parent
     library, bridge = README.split("## How it is built")[1].split("`gpu_bridge/`")
-    for folder, text in (("sea_jax", library), ("gpu_bridge", bridge)):
-        named = re.findall(r"`([a-z_]+\.py)`", text)
+    for places, text in (([root / "sea_jax"], library), ([root / "gpu_bridge", root / "gpu_bridge/server"], bridge)):
+        named = re.findall(r"`([a-z_/]+(?:\.py|/))`", text)
         assert len(named) > 3
-        assert [name for name in named if not (root / folder / name).exists()] == []
+        assert [name for name in named if not any((place / name).exists() for place in places)] == []

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sea_jax import report
-from sea_jax.report import Line
+from sea_jax import history, report
+from sea_jax.history import Line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -169,15 +169,15 @@ def test_a_damaged_file_is_named(workdir: Path, name: str, content: str, message
         report.write(workdir)
 
 
-def seeds(tmp_path: Path, *curves: Sequence[tuple[int, float]]) -> list[report.Run]:
+def seeds(tmp_path: Path, *curves: Sequence[tuple[int, float]]) -> list[history.Run]:
     for number, curve in enumerate(curves):
         lines = [evaluation(win_rate, queries, queries // 100) for queries, win_rate in curve]
         made_up_run(tmp_path / f"seed-{number}", lines, config={"name": "sea", "seed": number})
-    return [report.read(tmp_path / f"seed-{number}") for number in range(len(curves))]
+    return [history.read_run(tmp_path / f"seed-{number}") for number in range(len(curves))]
 
 
 def test_seeds_are_averaged_with_students_interval(tmp_path: Path) -> None:
-    curve = report.curve(seeds(tmp_path, *([(0, 0.5), (100, rate)] for rate in (0.5, 0.6, 0.7))))
+    curve = history.curve(seeds(tmp_path, *([(0, 0.5), (100, rate)] for rate in (0.5, 0.6, 0.7))))
     assert curve is not None
     assert curve.queries.tolist() == [0, 100]
     assert curve.gradient_steps.tolist() == [0, 1]
@@ -188,22 +188,22 @@ def test_seeds_are_averaged_with_students_interval(tmp_path: Path) -> None:
 
 def test_seeds_evaluated_elsewhere_are_interpolated_as_far_as_all_have_come(tmp_path: Path) -> None:
     runs = seeds(tmp_path, [(0, 0.5), (100, 0.6), (400, 0.6)], [(0, 0.5), (200, 0.7), (300, 0.9)])
-    curve = report.curve(runs)
+    curve = history.curve(runs)
     assert curve is not None
     assert curve.queries.tolist() == [0, 100, 300]
     assert [interval.mean for interval in curve.intervals] == pytest.approx([0.5, 0.6, 0.75])
 
 
 def test_seeds_with_one_evaluation_each_are_averaged_wherever_it_lies(tmp_path: Path) -> None:
-    curve = report.curve(seeds(tmp_path, [(100, 0.6)], [(300, 0.8)]))
+    curve = history.curve(seeds(tmp_path, [(100, 0.6)], [(300, 0.8)]))
     assert curve is not None
     assert (curve.queries.tolist(), curve.gradient_steps.tolist()) == ([200], [2])
     assert [interval.mean for interval in curve.intervals] == pytest.approx([0.7])
 
 
 def test_seeds_without_a_stretch_in_common_have_no_curve(tmp_path: Path) -> None:
-    assert report.curve(seeds(tmp_path, [(0, 0.5), (100, 0.6)], [(200, 0.5)])) is None
-    assert report.curve([report.read(made_up_run(tmp_path / "none", []))]) is None
+    assert history.curve(seeds(tmp_path, [(0, 0.5), (100, 0.6)], [(200, 0.5)])) is None
+    assert history.curve([history.read_run(made_up_run(tmp_path / "none", []))]) is None
 
 
 def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -238,21 +238,23 @@ def test_runs_of_one_name_are_one_method_only_if_their_configurations_are(tmp_pa
         "d": {"loss": loss, "seed": 1},
         "e": {"name": "other", "loss": loss},
     }
-    runs = {name: report.read(made_up_run(tmp_path / name, [], config=CONFIG | more)) for name, more in changes.items()}
+    runs = {
+        name: history.read_run(made_up_run(tmp_path / name, [], config=CONFIG | more)) for name, more in changes.items()
+    }
 
     def labels(names: str) -> dict[str, str]:
-        found = report.groups([runs[name] for name in names])
+        found = history.groups([runs[name] for name in names])
         return {label: "".join(run.workdir.name for run in some) for label, some in found.items()}
 
     assert labels("abe") == {"sea": "ab", "other": "e"}
     assert labels("abcde") == {"sea, loss.name=dpo": "ab", "sea, loss.name=ipo": "cd", "other": "e"}
     far = {"seed": 2, "a": 1, "b": 2, "c": 3, "d": 4}
-    runs["f"] = report.read(made_up_run(tmp_path / "f", [], config=CONFIG | far))
+    runs["f"] = history.read_run(made_up_run(tmp_path / "f", [], config=CONFIG | far))
     assert labels("af") == {"sea, a": "a", "sea, f": "f"}
-    runs["g"] = report.read(made_up_run(tmp_path / "g", [], config=CONFIG | far | {"seed": 3}))
+    runs["g"] = history.read_run(made_up_run(tmp_path / "g", [], config=CONFIG | far | {"seed": 3}))
     assert labels("agfb") == {"sea, a": "ab", "sea, g": "gf"}
     (tmp_path / "there").mkdir()
-    runs["h"] = report.read(made_up_run(tmp_path / "there" / "a", [], config=CONFIG | far))
+    runs["h"] = history.read_run(made_up_run(tmp_path / "there" / "a", [], config=CONFIG | far))
     assert labels("ah") == {"sea, a": "a", f"sea, {tmp_path / 'there' / 'a'}": "a"}
     with pytest.raises(ValueError, match=r"--workdir=.*/c and --workdir=.*/c are runs of one .* the same seed 0"):
         labels("acdc")

@@ -13,10 +13,12 @@ import optax
 import pytest
 
 from configs import tiny_random
-from sea_jax import cache, config, console, data, files, learner, policies, sft
-from sea_jax.data import Rendered
+from sea_jax import config, learner, sft
+from sea_jax.data.prompts import Record, Rendered
 from sea_jax.learner import LearnerConfig
-from sea_jax.tokenizer import Tokenizer
+from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.policy import load_policy
+from sea_jax.runtime import cache, console, files
 from sea_jax.types import Prompts
 
 
@@ -57,8 +59,8 @@ def test_it_learns_and_writes_a_policy_that_loads(
     run_main(settings, monkeypatch)
     before, after = (float(number) for number in capsys.readouterr().out.split(" nats")[0].split()[-3::2])
     assert after < before - 0.5
-    loaded = policies.load(str(tmp_path / "policy"), train_last_layers=1)
-    source = policies.load("builtin:tiny-random-llama", train_last_layers=1)
+    loaded = load_policy(str(tmp_path / "policy"), train_last_layers=1)
+    source = load_policy("builtin:tiny-random-llama", train_last_layers=1)
     np.testing.assert_array_equal(loaded.frozen["embed"], source.frozen["embed"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), loaded.reference, source.reference)
     assert all(jax.tree.leaves(changed))
@@ -70,7 +72,7 @@ def test_it_learns_and_writes_a_policy_that_loads(
 
 
 def made_with(target: Path) -> int:
-    policies.load(str(target), train_last_layers=1)
+    load_policy(str(target), train_last_layers=1)
     return json.loads((target / sft.RECIPE).read_text())["seed"]
 
 
@@ -126,7 +128,7 @@ def test_what_a_link_points_to_is_replaced(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_microbatches_change_nothing_but_the_memory() -> None:
-    policy = policies.load("builtin:tiny-random-llama", train_last_layers=1)
+    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1)
     rng = np.random.default_rng(0)
     prompts = Prompts(jnp.asarray(rng.integers(3, 200, (8, 64)), jnp.int32), jnp.ones((8, 64), bool))
     tokens = jnp.asarray(rng.integers(3, 200, (8, 1, 16)), jnp.int32)
@@ -154,14 +156,14 @@ def test_microbatches_change_nothing_but_the_memory() -> None:
 )
 def test_a_space_stands_between_words_and_nowhere_else(byte_tokenizer: Tokenizer, ending: str, space: bool) -> None:
     prompt = byte_tokenizer.encode(f"What{ending}")
-    record = data.Record(id="1", prompt="What", reference=" The end. ")
+    record = Record(id="1", prompt="What", reference=" The end. ")
     ids = sft.reference_ids(Rendered(record, prompt), byte_tokenizer)
     assert ids[-1] == byte_tokenizer.eos_id
     assert byte_tokenizer.decode(ids) == " " * space + "The end."
 
 
 def test_the_loss_is_the_mean_over_reference_tokens() -> None:
-    policy = policies.load("builtin:tiny-random-llama", train_last_layers=1)
+    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1)
     prompts = Prompts(jnp.array([[5, 6, 7], [0, 9, 9]]), jnp.array([[True] * 3, [False, True, True]]))
     tokens, lengths = jnp.array([[[8, 9, 0, 0]], [[3, 4, 5, 0]]]), jnp.array([[3], [4]])
     learner_config = LearnerConfig(microbatch_size=2)

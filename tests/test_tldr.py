@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sea_jax import tiny_random
+from sea_jax.models.checkpoints import tiny_random
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 600

@@ -14,8 +14,11 @@ import ml_collections
 import pytest
 
 from configs import tiny_random
-from sea_jax import agent, builtin, cache, metrics, train
-from sea_jax.experience import Ledger
+from sea_jax import agent, train
+from sea_jax.models.checkpoints import builtin
+from sea_jax.oracles.ledger import Ledger
+from sea_jax.runtime import cache, metrics
+from sea_jax.workdir import claim
 
 ROOT = Path(__file__).parent.parent
 
@@ -213,12 +216,12 @@ def a_file(directory: Path) -> dict[str, Any]:
 
 def another_run(directory: Path) -> dict[str, Any]:
     config = configured(seed=7)
-    train.claim(directory / "run", config, fingerprint="0" * 16)
+    claim(directory / "run", config, fingerprint="0" * 16)
     return {"loss__beta": 0.3}
 
 
 def another_policy(directory: Path) -> dict[str, Any]:
-    train.claim(directory / "run", configured(), fingerprint="0" * 16)
+    claim(directory / "run", configured(), fingerprint="0" * 16)
     return {}
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from sea_jax import config as configuration
-from sea_jax import policies, tiny_random, wiring
+from sea_jax import wiring
+from sea_jax.models.checkpoints import tiny_random
+from sea_jax.policy import load_policy
 
 LLAMA = "builtin:tiny-random-llama"
 
@@ -27,7 +29,7 @@ def test_a_decoder_as_a_trunk():
     config = configuration.default().erm
     config.trunk = LLAMA
     with pytest.raises(ValueError, match=rf"config\.erm\.trunk={LLAMA}: expected a BERT or DeBERTa"):
-        wiring.num_features(config, policies.load(LLAMA, train_last_layers=0))
+        wiring.num_features(config, load_policy(LLAMA, train_last_layers=0))
 
 
 def test_policies_of_the_wrong_kind(tmp_path):
@@ -37,6 +39,6 @@ def test_policies_of_the_wrong_kind(tmp_path):
     ):
         tiny_random.write(tmp_path / kind, kind)
         with pytest.raises(ValueError, match=rf"config\.policy\.source={tmp_path / kind}: .*{message}"):
-            policies.load(str(tmp_path / kind), train_last_layers=0)
+            load_policy(str(tmp_path / kind), train_last_layers=0)
     with pytest.raises(ValueError, match=r"config\.policy\.source=cache:nobody-made-it: there is no .*sea_jax\.sft"):
-        policies.load("cache:nobody-made-it", train_last_layers=0)
+        load_policy("cache:nobody-made-it", train_last_layers=0)

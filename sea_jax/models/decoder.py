@@ -416,3 +416,33 @@ def _attend_shared(q: jax.Array, prompt_kv: KV, prompt_valid: jax.Array, own_kv:
     out = (from_prompt + from_own) / total[..., None].astype(dtype)
     batch, samples, length = q.shape[:3]
     return jnp.moveaxis(out, 2, 3).reshape(batch * samples * length, -1)
+
+
+def divide(params: Params, num_trained_stacks: int | None) -> tuple[Params, Params]:
+    """Divides parameters into (frozen, trained).
+
+    Args:
+      params: a decoder's parameters.
+      num_trained_stacks: the last so many stacks of layers and the last norm are trained; None: everything.
+
+    Returns:
+      Two trees that `join` puts together again.
+    """
+    if num_trained_stacks is None:
+        return {"stacks": ()}, params
+    trained = {"stacks": params["stacks"][-num_trained_stacks:], "final_norm": params["final_norm"]}
+    frozen = {name: value for name, value in params.items() if name not in trained}
+    return {**frozen, "stacks": params["stacks"][:-num_trained_stacks]}, trained
+
+
+def join(frozen: Params, trained: Params) -> Params:
+    """Returns the whole tree of parameters.
+
+    Args:
+      frozen: first part of `divide`.
+      trained: second part of `divide`.
+
+    Returns:
+      A decoder's parameters.
+    """
+    return {**frozen, **trained, "stacks": (*frozen["stacks"], *trained["stacks"])}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sea_jax import tiny_random
-from tests.gpu_bridge.engines import HEADS_OF_32, POLICIES, Server, running
+from sea_jax.models.checkpoints import tiny_random
+from tests.support.engines import HEADS_OF_32, POLICIES, Server, running
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from gpu_bridge import client, protocol, weights
 from gpu_bridge.client import OracleClient, Patience, PolicyClient, Refused, Unavailable
 from gpu_bridge.weights import Route
 from sea_jax.types import OtherVersion
-from tests.gpu_bridge import fake
-from tests.gpu_bridge.fake import TOKEN, Fake
+from tests.support import fake
+from tests.support.fake import TOKEN, Fake
 
 PATIENCE = Patience(timeout_s=5.0, retries=3, backoff_s=0.1)
 SHORT = Patience(timeout_s=0.3, retries=1, backoff_s=0.01)

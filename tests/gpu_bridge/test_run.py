@@ -9,8 +9,9 @@ import pytest
 
 from configs import tiny_random
 from gpu_bridge import protocol
-from sea_jax import agent, cache, train
-from tests.gpu_bridge.engines import PYTHON, TOKEN, Server, kill_engine
+from sea_jax import agent, train
+from sea_jax.runtime import cache
+from tests.support.engines import PYTHON, TOKEN, Server, kill_engine
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 
 from gpu_bridge import weights
 from gpu_bridge.weights import Route
-from sea_jax import learner
-from sea_jax.models import decoder, hf
-from tests import tiny
-from tests.gpu_bridge.fake import fetched
+from sea_jax.models import decoder
+from sea_jax.models.checkpoints import hf
 from tests.models.test_decoder import NEOX
+from tests.support import tiny
+from tests.support.fake import fetched
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, ml_dtypes.bfloat16)}
 
@@ -40,7 +40,7 @@ def test_a_pushed_policy_is_what_a_saved_one_is(tmp_path: Path) -> None:
 def test_of_the_last_layers_alone_go_their_tensors_and_the_last_norm(family: str) -> None:
     config = {"llama": tiny.CONFIG, "gpt_neox": NEOX}[family]
     params = decoder.recut(tiny.draw(decoder.abstract(config), 0), (config.num_layers - 1,))
-    _, trained = learner.divide(params, 1)
+    _, trained = decoder.divide(params, 1)
     changed, everything = hf.to_tensors(config, trained, last_part=True), hf.to_tensors(config, params)
     last = f".{config.num_layers - 1}."
     norm = {"llama": "model.norm.", "gpt_neox": "gpt_neox.final_layer_norm."}[family]

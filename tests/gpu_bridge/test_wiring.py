@@ -11,11 +11,12 @@ from scipy.special import expit
 
 from configs import tiny_random as tiny_random_config
 from gpu_bridge import protocol
-from sea_jax import sharding, tiny_random, wiring
-from sea_jax.models import hf
+from sea_jax import wiring
+from sea_jax.models.checkpoints import hf, tiny_random
+from sea_jax.models.mesh import make_mesh
 from sea_jax.types import Prompts
-from tests.gpu_bridge import fake
-from tests.gpu_bridge.fake import Fake
+from tests.support import fake
+from tests.support.fake import Fake
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) ->
     config.actor.kind, config.actor.urls, config.actor.weights_dtype = "bridge", policy.url, "float32"
     config.actor.weights_directory, config.actor.retries = str(tmp_path), 0
     config.oracle.kind, config.oracle.urls, config.oracle.reward_model = "remote", oracle.url, str(tmp_path / "reward")
-    mesh = sharding.make((1, 1, 1))
+    mesh = make_mesh((1, 1, 1))
     with jax.set_mesh(mesh):
         parts = wiring.parts(config, mesh)
         # The greedy responses of an evaluation.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sea_jax.models import config as configs
 from sea_jax.models import deberta
+from sea_jax.models.checkpoints import config_json as configs
 from sea_jax.models.config import DebertaConfig
 from sea_jax.models.parameters import Params
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sea_jax.models import decoder, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.parameters import Params
-from tests import tiny
+from tests.support import tiny
 
 TWO_LAYERS = replace(tiny.CONFIG, num_layers=2)  # cut into stacks of one shape: one program for both
 NEOX = replace(

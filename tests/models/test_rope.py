@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sea_jax.models import rope
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = replace(tiny.CONFIG, head_dim=4, rope_theta=100.0, max_positions=8)
 

@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 
 from transformers.models.deberta_v2 import modeling_deberta_v2  # noqa: E402
 
-from sea_jax.models import deberta, hf  # noqa: E402
+from sea_jax.models import deberta  # noqa: E402
+from sea_jax.models.checkpoints import hf  # noqa: E402
 from sea_jax.models.config import DebertaConfig  # noqa: E402
-from tests.parity import tiny_torch  # noqa: E402
+from tests.support import tiny_torch  # noqa: E402
 
 LENGTHS = (40, 17, 1)  # beyond the farthest distance, beyond the buckets, and alone
 

@@ -16,11 +16,11 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
-from sea_jax.models import config as configs  # noqa: E402
 from sea_jax.models import decoder, rope  # noqa: E402
+from sea_jax.models.checkpoints import config_json as configs  # noqa: E402
 from sea_jax.models.config import ModelConfig  # noqa: E402
 from sea_jax.models.parameters import Params  # noqa: E402
-from tests.parity import tiny_torch  # noqa: E402
+from tests.support import tiny_torch  # noqa: E402
 
 PROMPT_LENGTHS = (2, 6)
 RESPONSE_LENGTHS = ((4, 1), (3, 4))

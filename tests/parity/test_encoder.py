@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from sea_jax.models import encoder  # noqa: E402
 from sea_jax.models.config import EncoderConfig  # noqa: E402
-from tests.parity import tiny_torch  # noqa: E402
+from tests.support import tiny_torch  # noqa: E402
 
 LENGTHS = (7, 3, 1)
 

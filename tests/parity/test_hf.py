@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from sea_jax.models import hf  # noqa: E402
-from tests.parity import tiny_torch  # noqa: E402
+from sea_jax.models.checkpoints import hf  # noqa: E402
+from tests.support import tiny_torch  # noqa: E402
 
 MODELS = {
     "llama": lambda: tiny_torch.llama(num_key_value_heads=2, attention_bias=True, mlp_bias=True, head_dim=10),

@@ -10,9 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from sea_jax.models import hf, reward  # noqa: E402
+from sea_jax.models import reward  # noqa: E402
+from sea_jax.models.checkpoints import hf  # noqa: E402
 from sea_jax.models.config import ModelConfig  # noqa: E402
-from tests.parity import tiny_torch  # noqa: E402
+from tests.support import tiny_torch  # noqa: E402
 
 LENGTHS = (1, 9, 4)
 _apply = jax.jit(reward.apply, static_argnames=("config", "dtype"))

@@ -1,0 +1,1 @@
+"""The servers' side, in an environment of their own."""

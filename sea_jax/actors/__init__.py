@@ -1,0 +1,1 @@
+"""Who writes the responses: the policy in this process, or servers."""

@@ -1,0 +1,211 @@
+"""Prompts in, M sampled responses each out: the prompt is read once, its KV is shared, one jitted while_loop writes."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sea_jax.models import decoder, partition
+from sea_jax.models.config import ModelConfig
+from sea_jax.types import Array, Candidates, Params, Prompts
+
+BLOCKS = 256  # the vocabulary is searched in this many blocks when a token is drawn
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn; static under jit.
+
+    Attributes:
+      num_samples: M.
+      max_new_tokens: T.
+      eos_ids: tokens that end a response; they stay in it.
+      pad_id: fills what is behind the end.
+      temperature: 0 takes the most probable token.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: keep the fewest most probable tokens that reach this mass; 1 keeps all.
+      feature_stack: read features behind this many stacks of layers; None: behind the last norm.
+      dtype: compute dtype.
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    feature_stack: int | None = None
+    dtype: str = "float32"
+
+
+class _State(NamedTuple):
+    """What the loop carries; step counts the response tokens drawn so far."""
+
+    step: Array
+    done: Array  # [B, M]
+    tokens: Array  # [B, M, T]
+    logprobs: Array  # [B, M, T]
+    lengths: Array  # [B, M]
+    feature_sum: Array  # [B, M, d]
+    hidden: Array  # [B, M, d], behind the last norm, of the newest token
+    caches: tuple[decoder.KV, ...]
+
+
+def restrict(logits: Array, top_k: int, top_p: float) -> Array:
+    """Sets the logits of tokens outside the top k, or outside the nucleus of mass p, to minus infinity.
+
+    Args:
+      logits: [N, V] float32.
+      top_k: 0 keeps all.
+      top_p: mass in (0, 1]; 1 keeps all. The token that crosses the mass is kept.
+
+    Returns:
+      [N, V] float32.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if top_p < 1:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        threshold = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def draw(logits: Array, uniform: Array) -> Array:
+    """Draws one token per row by inverting the distribution function, block by block.
+
+    One pass of exp over the vocabulary and two short cumulative sums: the Gumbel trick would need a random number and a
+    logarithm for every entry.
+
+    Args:
+      logits: [N, V] float32; minus infinity is never drawn.
+      uniform: [N] float32 in [0, 1).
+
+    Returns:
+      [N] int32.
+    """
+    num_rows, vocab_size = logits.shape
+    width = -(-vocab_size // BLOCKS)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, BLOCKS * width - vocab_size))).reshape(num_rows, BLOCKS, width)
+
+    def pick(mass: Array, target: Array) -> tuple[Array, Array]:
+        """The first entry whose cumulative mass exceeds the target (rounding aside, it exists), and the mass before it."""
+        cumulative = jnp.cumsum(mass, axis=-1)
+        above = (cumulative > target[:, None]) & (mass > 0)
+        index = jnp.where(above.any(-1), above.argmax(-1), mass.argmax(-1))
+        before = jnp.take_along_axis(cumulative - mass, index[:, None], axis=-1)[:, 0]
+        return index, target - before
+
+    block_mass = weights.sum(-1)
+    block, rest = pick(block_mass, uniform * block_mass.sum(-1))
+    entry, _ = pick(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], rest)
+    return (block * width + entry).astype(jnp.int32)
+
+
+def choose(logits: Array, key: Array, sampling: SamplingConfig) -> tuple[Array, Array]:
+    """Draws one token per row and returns its log-prob at temperature 1, unrestricted: the learner's own.
+
+    Args:
+      logits: [N, V] float32.
+      key: random key.
+      sampling: SamplingConfig.
+
+    Returns:
+      ([N] int32, [N] float32).
+    """
+    if sampling.temperature == 0:
+        token = logits.argmax(-1).astype(jnp.int32)
+    else:
+        scaled = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        token = draw(scaled, jax.random.uniform(key, logits.shape[:1]))
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling"))
+def generate(
+    params: Params, prompts: Prompts, key: Array, *, config: ModelConfig, sampling: SamplingConfig
+) -> Candidates:
+    """Writes M responses to each prompt and reads the features of each on the way.
+
+    Args:
+      params: the policy's parameters (decoder.abstract).
+      prompts: Prompts, [B, P].
+      key: random key.
+      config: ModelConfig.
+      sampling: SamplingConfig.
+
+    Returns:
+      Candidates, [B, M, T].
+    """
+    num_prompts, num_samples, max_new_tokens = prompts.tokens.shape[0], sampling.num_samples, sampling.max_new_tokens
+    params = partition.cast(params, sampling.dtype)  # once, not at every token
+    stacks = params["stacks"]
+    embedding = partition.constrain(params["embed"], "vocab")
+    unembedding = partition.constrain(decoder.unembedding(params), "vocab")
+    prompts = partition.batches(prompts)
+
+    streams = decoder.embed(params, config, prompts.tokens, prompts.valid, dtype=sampling.dtype)
+    prompt_kv = []
+    for stack in stacks:
+        streams, kv = decoder.run_stack(stack, config, streams)
+        prompt_kv.append(kv)
+    last = decoder.final(params, config, streams.prompt[:, -1])
+
+    def feed(state: _State, token: Array) -> tuple[Array, Array, tuple[decoder.KV, ...]]:
+        """Runs one token [B, M] through the layers: hidden [B, M, d], features [B, M, d], caches."""
+        hidden = embedding[token]
+        caches, features = [], None
+        for index, (stack, kv, cache) in enumerate(zip(stacks, prompt_kv, state.caches, strict=True)):
+            hidden, cache = decoder.decode(stack, config, hidden, kv, prompts.valid, cache, state.step)
+            caches.append(cache)
+            if sampling.feature_stack == index + 1:
+                features = hidden
+        hidden = decoder.final(params, config, hidden)
+        return hidden, hidden if features is None else features, tuple(caches)
+
+    def write(state: _State) -> _State:
+        logits = jnp.einsum(
+            "nd,vd->nv", state.hidden.reshape(-1, last.shape[-1]), unembedding, preferred_element_type=jnp.float32
+        )
+        token, logprob = choose(partition.constrain(logits, "batch"), jax.random.fold_in(key, state.step), sampling)
+        token = jnp.where(state.done, sampling.pad_id, token.reshape(state.done.shape))
+        logprob = jnp.where(state.done, 0.0, logprob.reshape(state.done.shape))
+        hidden, features, caches = feed(state, token)
+        return _State(
+            step=state.step + 1,
+            done=state.done | jnp.isin(token, jnp.array(sampling.eos_ids)),
+            tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, 2),
+            logprobs=jax.lax.dynamic_update_index_in_dim(state.logprobs, logprob, state.step, 2),
+            lengths=state.lengths + ~state.done,
+            feature_sum=state.feature_sum + jnp.where(state.done[..., None], 0, features.astype(jnp.float32)),
+            hidden=hidden,
+            caches=caches,
+        )
+
+    shape = (num_prompts, num_samples)
+    start = _State(
+        step=jnp.zeros((), jnp.int32),
+        done=jnp.zeros(shape, bool),
+        tokens=jnp.full((*shape, max_new_tokens), sampling.pad_id, jnp.int32),
+        logprobs=jnp.zeros((*shape, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(shape, jnp.int32),
+        feature_sum=jnp.zeros((*shape, last.shape[-1]), jnp.float32),
+        hidden=jnp.broadcast_to(last[:, None], (*shape, last.shape[-1])),
+        caches=tuple(decoder.empty_cache(s, config, *shape, max_new_tokens, sampling.dtype) for s in stacks),
+    )
+    end = jax.lax.while_loop(lambda state: (state.step < max_new_tokens) & ~state.done.all(), write, start)
+    candidates = Candidates(
+        tokens=end.tokens,
+        lengths=end.lengths,
+        logprobs=end.logprobs,
+        features=end.feature_sum / jnp.maximum(end.lengths, 1)[..., None],
+    )
+    return partition.whole(candidates)

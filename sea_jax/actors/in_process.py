@@ -1,0 +1,52 @@
+"""Who writes the responses: the policy itself, in this process, or servers that are given its weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sea_jax.actors import generation
+from sea_jax.actors.generation import SamplingConfig
+from sea_jax.data import batching
+from sea_jax.models import decoder
+from sea_jax.models.config import ModelConfig
+from sea_jax.types import Array, Candidates, Generate, Params, Prompts, Respond
+
+
+def at_once(generate: Generate) -> Respond:
+    """Answers every batch when it is asked to, and has nothing to say of it.
+
+    Args:
+      generate: who writes.
+
+    Returns:
+      Respond.
+    """
+    return lambda number, trained, prompts, key, version: (generate(trained, prompts, key, version), {})
+
+
+def in_process(frozen: Params, config: ModelConfig, sampling: SamplingConfig, batch_size: int = 0) -> Generate:
+    """The policy writes in this process.
+
+    Args:
+      frozen: the frozen part of the policy's parameters.
+      config: ModelConfig.
+      sampling: SamplingConfig.
+      batch_size: prompts that are answered at a time, which bounds the memory of keys and values; 0: all.
+
+    Returns:
+      Generate; the number of policy steps is not used.
+    """
+
+    def generate(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
+        write = functools.partial(generation.generate, decoder.join(frozen, trained), config=config, sampling=sampling)
+        portions = batching.portions(len(prompts.tokens), batch_size)
+        if len(portions) == 1:
+            return write(prompts, key)
+        parts = [
+            write(Prompts(prompts.tokens[rows], prompts.valid[rows]), jax.random.fold_in(key, rows.start))
+            for rows in portions
+        ]
+        return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+    return generate

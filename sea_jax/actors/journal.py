@@ -1,0 +1,103 @@
+"""Responses on disk: what was written once need not be written again, nor can it come out otherwise."""
+
+import functools
+import io
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sea_jax.runtime import files, processes
+from sea_jax.types import Candidates
+
+KEPT = "the responses that are kept"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A batch of responses.
+
+    Attributes:
+      candidates: Candidates.
+      version: how many policy steps had made the policy that wrote them.
+      logprob_gap: mean over tokens of |log-prob of who wrote them - log-prob of the learner's policy of that version|.
+    """
+
+    candidates: Candidates
+    version: int
+    logprob_gap: float
+
+
+class Journal:
+    """The responses to the last batches of prompts, a file each: whoever wrote them need not write the same again.
+
+    A run that goes on from a checkpoint comes past the batches behind it once more. The same texts must then be there, or
+    the labels that were paid for would belong to others. Of several processes the first alone has files; all must call.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """Opens a directory.
+
+        Args:
+          directory: made if there is none.
+          keep: checkpoints that are kept; responses are, as long as one of these has not passed them.
+        """
+        self._directory = directory
+        self._passed: deque[int] = deque(maxlen=keep + 1)  # the newest may still be on its way to the disk
+        processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True), None, KEPT)
+
+    def find(self, number: int) -> Written | None:
+        """Returns the responses to a batch, or None.
+
+        Args:
+          number: of the batch.
+        """
+        path = self._path(number)
+        content = processes.bytes_of_first(
+            processes.by_first(lambda: path.read_bytes() if path.exists() else b"", b"", KEPT)
+        )
+        if not content:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            fields = {name: stored[name] for name in stored.files}
+        about = json.loads(str(fields.pop("about")))
+        return Written(Candidates(**fields), about["version"], about["logprob_gap"])
+
+    def record(self, number: int, written: Written) -> None:
+        """Writes the responses to a batch and returns when they are on disk.
+
+        Args:
+          number: of the batch.
+          written: Written.
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
+        about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
+        content = io.BytesIO()
+        np.savez(content, about=np.array(about), **fields)
+        path = self._path(number)
+        processes.by_first(lambda: files.write_whole(path, content.getvalue()), None, KEPT)
+
+    def checkpointed(self, batches: int) -> None:
+        """Forgets what no checkpoint that is kept can come past again.
+
+        Args:
+          batches: prompts of so many batches were used when a checkpoint was saved.
+        """
+        self._passed.append(batches)
+        if len(self._passed) == self._passed.maxlen:
+            processes.by_first(functools.partial(self._forget, self._passed[0]), None, KEPT)
+
+    def _forget(self, batches: int) -> None:
+        """Removes the files of the first so many batches."""
+        for path in self._directory.glob("*.npz"):
+            if int(path.stem) < batches:
+                path.unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number}.npz"

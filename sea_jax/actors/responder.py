@@ -1,0 +1,149 @@
+"""Responses that another process wrote: held against the learner's own log-probs, kept on disk, written a batch ahead."""
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sea_jax.actors.journal import Journal, Written
+from sea_jax.types import Array, Candidates, Generate, Params, Prompts
+
+COMPARED = 2  # responses to each prompt whose log-probs are compared
+
+
+def _begun(write: Callable[[], Candidates]) -> Future[Candidates]:
+    """Begins to write; in a daemon, since an executor's threads are waited for at the interpreter's end, come what may."""
+    future: Future[Candidates] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(write())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def resumable(version: int, sync_every: int) -> bool:
+    """Whether a run can go on from here: it has the weights that are to write next, its own or the initial policy's.
+
+    Args:
+      version: policy steps.
+      sync_every: policy steps after which who writes is given the new weights.
+    """
+    return version % sync_every == 0 or version < sync_every
+
+
+class EngineResponder:
+    """Answers batch after batch, from the journal where it can.
+
+    With `next_batch` the engine writes the next batch while the learner works on this one: its policy is then a step old.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        logprobs: Callable[[Params, Prompts, Array, Array], Array],
+        journal: Journal,
+        *,
+        max_logprob_gap: float,
+        initial: Params,
+        sync_every: int = 1,
+        next_batch: Callable[[int], tuple[Prompts, Array]] | None = None,
+    ) -> None:
+        """Takes the parts.
+
+        Args:
+          generate: who writes.
+          logprobs: trained parameters, Prompts, tokens [B, m, T], lengths [B, m] -> the learner's log-probs [B, m, T].
+          journal: Journal.
+          max_logprob_gap: nats per token; a greater one stops the run.
+          initial: the initial policy's, which writes until it is given others.
+          sync_every: policy steps after which who writes is given the new weights; above 1 they are kept here, too.
+          next_batch: number of a batch -> its prompts and the key that it is answered with; None: nothing is written ahead.
+        """
+        self._generate, self._logprobs, self._journal = generate, logprobs, journal
+        self._max_logprob_gap, self._sync_every, self._next_batch = max_logprob_gap, sync_every, next_batch
+        self._held = initial, 0
+        self._pending: tuple[int, Prompts, Params, int, Future[Candidates]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.settle()
+
+    def __call__(
+        self, number: int, trained: Params, prompts: Prompts, key: Array, version: int
+    ) -> tuple[Candidates, Mapping[str, float]]:
+        """Returns the responses to a batch.
+
+        Args:
+          number: of the batch.
+          trained: the trained part of the policy's parameters.
+          prompts: Prompts.
+          key: random key.
+          version: how many policy steps made the parameters.
+
+        Returns:
+          Candidates and {"actor/logprob_gap", "actor/staleness"}: nats per token, policy steps.
+
+        Raises:
+          ValueError: the learner and whoever wrote the responses disagree on their log-probs.
+        """
+        self.settle()
+        weights, of_version = self._due(trained, version)  # whatever the journal holds: the next batch may need them
+        written = self._journal.find(number)
+        if written is None:
+            written = self._finished(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
+            self._journal.record(number, written)
+        if self._next_batch is not None and self._journal.find(number + 1) is None:
+            following, following_key = self._next_batch(number + 1)
+            if weights is trained:
+                weights = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
+            future = _begun(functools.partial(self._generate, weights, following, following_key, of_version))
+            self._pending = (number + 1, following, weights, of_version, future)
+        candidates = jax.tree.map(jnp.asarray, written.candidates)
+        staleness = version - written.version
+        return candidates, {"actor/staleness": staleness, "actor/logprob_gap": written.logprob_gap}
+
+    def _due(self, trained: Params, version: int) -> tuple[Params, int]:
+        """The weights of the last multiple of `sync_every`, and their version."""
+        if self._sync_every == 1:
+            return trained, version
+        due = version - version % self._sync_every
+        if self._held[1] != due:
+            assert version == due, "a run goes on where `resumable` says"
+            self._held = jax.tree.map(jnp.copy, trained), version
+        return self._held
+
+    def settle(self) -> None:
+        """Returns when what is being written ahead is on disk; a checkpoint must not be saved before."""
+        if self._pending is not None:
+            number, prompts, trained, version, future = self._pending
+            self._pending = None
+            self._journal.record(number, self._finished(prompts, trained, version, future.result()))
+
+    def _finished(self, prompts: Prompts, trained: Params, version: int, candidates: Candidates) -> Written:
+        """Compares the log-probs of who wrote with the learner's under the same weights."""
+        some, lengths = candidates.tokens[:, :COMPARED], candidates.lengths[:, :COMPARED]
+        own = np.asarray(self._logprobs(trained, prompts, some, lengths))
+        valid = np.arange(own.shape[-1]) < np.asarray(lengths)[..., None]
+        gap = float(np.abs(own - np.asarray(candidates.logprobs[:, :COMPARED]))[valid].mean())
+        if not gap <= self._max_logprob_gap:
+            raise ValueError(
+                f"actor/logprob_gap is {gap:.4f} nats per token after {version} policy steps, above "
+                f"config.actor.max_logprob_gap={self._max_logprob_gap}: the engine does not compute what the learner does. "
+                "Does it serve the same model, in a dtype that is precise enough? The oracle was asked nothing of this batch"
+            )
+        return Written(candidates, version, gap)

@@ -1,0 +1,68 @@
+"""Prompts that nearly repeat a held-out one, found by the runs of words that they share."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+from sea_jax.data import docstrings
+from sea_jax.data.sources import Record
+
+# Two texts are near-duplicates if they share this share of the shorter one's runs of four words.
+NEAR_DUPLICATE_SHARE = 1 / 3
+# A run of words that more than this share of the held-out prompts, and more than so many of them, have is a template's.
+BOILERPLATE_SHARE, BOILERPLATE_TIMES = 0.05, 4
+PROMPTS_COMPARED = 256  # with all others at a time: keeps the table of what they share small
+
+
+def without_near_duplicates(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """Returns the records whose prompt is not nearly that of one of the others.
+
+    Args:
+      records: what to choose from.
+      others: what to keep clear of; a wording that many of them share, such as that of a template, is no sign of nearness.
+    """
+    column_of: dict[tuple[str, ...], int] = defaultdict(itertools.count().__next__)
+    shingles_of_others = [word_shingles(other["prompt"]) for other in others]
+    times = Counter(itertools.chain.from_iterable(shingles_of_others))
+    most = max(BOILERPLATE_TIMES, BOILERPLATE_SHARE * len(others))
+    boilerplate = {shingle for shingle, count in times.items() if count > most}
+    columns_of_others = [[column_of[shingle] for shingle in own - boilerplate] for own in shingles_of_others]
+    sizes_of_others = np.array([len(columns) for columns in columns_of_others])
+    known = set(column_of)
+    with_shingle = incidence(columns_of_others, len(known)).T.tocsr()
+    kept: list[Record] = []
+    for start in range(0, len(records), PROMPTS_COMPARED):
+        part = records[start : start + PROMPTS_COMPARED]
+        shingles_of_part = [word_shingles(record["prompt"]) - boilerplate for record in part]
+        sizes = np.array([len(shingles) for shingles in shingles_of_part])
+        columns_of_part = [[column_of[shingle] for shingle in shingles & known] for shingles in shingles_of_part]
+        shared = (incidence(columns_of_part, len(known)) @ with_shingle).tocoo()
+        smaller = np.minimum(sizes[shared.row], sizes_of_others[shared.col])
+        repeats = set(shared.row[shared.data >= NEAR_DUPLICATE_SHARE * smaller].tolist())
+        kept += [record for row, record in enumerate(part) if row not in repeats]
+    return kept
+
+
+def incidence(columns_of_rows: Sequence[Sequence[int]], num_columns: int) -> sparse.csr_array:
+    """Returns a sparse matrix of ones, int32 [R, num_columns].
+
+    Args:
+      columns_of_rows: R lists of the columns that hold a one.
+      num_columns: width.
+    """
+    ends = np.cumsum([0, *map(len, columns_of_rows)])
+    columns = np.fromiter(itertools.chain.from_iterable(columns_of_rows), np.int32, ends[-1])
+    return sparse.csr_array((np.ones(len(columns), np.int32), columns, ends), shape=(len(columns_of_rows), num_columns))
+
+
+def word_shingles(text: str) -> set[tuple[str, ...]]:
+    """Returns all runs of four words of a text, in lower case; a shorter text is one run.
+
+    Args:
+      text: any text.
+    """
+    words = docstrings.bare(text).split()
+    return set(zip(words, words[1:], words[2:], words[3:], strict=False)) or {tuple(words)}

@@ -1,0 +1,225 @@
+"""Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypedDict
+
+import grain
+import ml_collections
+import numpy as np
+from absl import logging
+
+from sea_jax.data import batching, sources
+from sea_jax.data.near_duplicates import without_near_duplicates
+from sea_jax.data.sources import Record, digest
+from sea_jax.models.tokenizer import Tokenizer
+
+
+class Batch(TypedDict):
+    """B prompts as text and as token ids.
+
+    Args:
+      id, prompt, reference: of the records, B each.
+      tokens: int32 [B, P], left-padded.
+      valid: bool [B, P], false on padding.
+    """
+
+    id: list[str]
+    prompt: list[str]
+    reference: list[str]
+    tokens: np.ndarray
+    valid: np.ndarray
+
+
+class Rendered(NamedTuple):
+    """A record and the token ids that the model reads for it."""
+
+    record: Record
+    tokens: list[int]
+
+
+def load_records(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]:
+    """Reads the prompts that a config names, to train on and held out.
+
+    Args:
+      config: the `data` part of a configuration. `source` says where from: "docstrings"; "jsonl" or "parquet", files at
+        `path` and, to hold out, at `heldout_path`; "huggingface" or "tfds", the splits `split` and `heldout_split` of
+        the data set `path`. Where nothing is named to hold out, `heldout_fraction` of the prompts is.
+
+    Returns:
+      Training and held-out records; no prompt is in both.
+
+    Raises:
+      ValueError: a field or the content of a source is not usable, or one of the two parts is empty.
+      FileNotFoundError: a file or data set is missing.
+    """
+    fields = {"prompt_field": config.prompt_field, "reference_field": config.reference_field}
+    heldout: list[Record] | None = None
+    if config.source == "docstrings":
+        records = sources.docstrings()
+    elif config.source in ("jsonl", "parquet"):
+        read_file = sources.jsonl if config.source == "jsonl" else sources.parquet
+        records = read_file(config.path, **fields)
+        if config.heldout_path:
+            heldout = read_file(config.heldout_path, **fields)
+    elif config.source in ("huggingface", "tfds"):
+        read_split = (
+            partial(sources.huggingface, config.path, subset=config.subset, **fields)
+            if config.source == "huggingface"
+            else partial(sources.tfds, config.path, directory=config.directory, **fields)
+        )
+        records = read_split(split=config.split)
+        if config.heldout_split:
+            heldout = read_split(split=config.heldout_split)
+    else:
+        raise ValueError(f"data.source is {config.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds")
+    if heldout is None:
+        train, heldout = split_records(records, config.heldout_fraction)
+    else:
+        train = without_near_duplicates(records, heldout)
+        logging.info("dropped %d training prompts that nearly repeat a held-out one", len(records) - len(train))
+    if not train or not heldout:
+        raise ValueError(
+            f"data.source={config.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
+            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the data. Prompts that nearly "
+            "repeat a held-out one are left out of training"
+        )
+    logging.info("%d training prompts, %d held out", len(train), len(heldout))
+    return train, heldout
+
+
+def split_records(records: Sequence[Record], heldout_fraction: float) -> tuple[list[Record], list[Record]]:
+    """Divides records by a hash of the prompt, so that a prompt is held out or not whatever the other records are.
+
+    Args:
+      records: no prompt twice.
+      heldout_fraction: expected share held out, between 0 and 1, both excluded.
+
+    Returns:
+      Training records without near-duplicates of held-out ones, and held-out records; each in the order of the hash,
+      so that the first N are a fixed random sample.
+
+    Raises:
+      ValueError: the fraction is out of range.
+    """
+    if not 0 < heldout_fraction < 1:
+        raise ValueError(f"data.heldout_fraction is {heldout_fraction}; it must lie between 0 and 1")
+    by_hash = sorted((digest(record["prompt"]), index) for index, record in enumerate(records))
+    ordered = [records[index] for _, index in by_hash]
+    # The first eight of the hexadecimal digits as a fraction of their range.
+    count = sum(int(hash_of_prompt[:8], 16) < heldout_fraction * 16**8 for hash_of_prompt, _ in by_hash)
+    heldout, others = ordered[:count], ordered[count:]
+    train = without_near_duplicates(others, heldout)
+    logging.info("dropped %d training prompts that nearly repeat a held-out one", len(others) - len(train))
+    return train, heldout
+
+
+def render(prompt: str, tokenizer: Tokenizer, *, template: str, chat: bool, system: str = "") -> list[int]:
+    """Returns the token ids of a prompt as the model reads it, ready to be continued with a response.
+
+    Args:
+      prompt: the text of a record.
+      tokenizer: the model's.
+      template: a text with `{prompt}` in it once, which the prompt takes the place of; other braces are left alone.
+      chat: make the result a user's turn in the tokenizer's chat template.
+      system: the system message before that turn; "": what the chat template does without one; not read unless `chat`.
+    """
+    text = template.replace("{prompt}", prompt)
+    if not chat:
+        return tokenizer.encode(text)
+    messages = [{"role": "system", "content": system}] if system else []
+    # The chat template writes the BOS itself where the model wants one.
+    return tokenizer.encode(tokenizer.chat([*messages, {"role": "user", "content": text}]), add_special=False)
+
+
+def render_all(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    chat: bool,
+    system: str = "",
+    max_prompt_tokens: int,
+) -> list[Rendered]:
+    """Returns the records that fit into a number of tokens, rendered; says in the log how many do not.
+
+    Args:
+      records: in any order, which is kept.
+      tokenizer, template, chat, system: as in `render`.
+      max_prompt_tokens: longer prompts are left out.
+
+    Raises:
+      ValueError: no record is left.
+    """
+    rendered = [
+        Rendered(record, render(record["prompt"], tokenizer, template=template, chat=chat, system=system))
+        for record in records
+    ]
+    if not rendered:
+        raise ValueError("there are no prompts to render")
+    kept = [one for one in rendered if len(one.tokens) <= max_prompt_tokens]
+    if not kept:
+        lengths = [len(one.tokens) for one in rendered]
+        raise ValueError(
+            f"data.max_prompt_tokens is {max_prompt_tokens}, and all {len(lengths)} prompts are longer: from "
+            f"{min(lengths)} to {max(lengths)} tokens"
+        )
+    logging.info("%d of %d prompts are over %d tokens", len(rendered) - len(kept), len(rendered), max_prompt_tokens)
+    return kept
+
+
+def collate(rendered: Sequence[Rendered], pad_id: int, bucket: int) -> Batch:
+    """Puts prompts into one batch, padded on the left to the next multiple of a bucket.
+
+    Args:
+      rendered: B records with their tokens.
+      pad_id: the token id of the padding.
+      bucket: tokens; P is the length of the longest prompt rounded up to a multiple of it.
+    """
+    longest = max(len(one.tokens) for one in rendered)
+    shape = (len(rendered), batching.rounded(longest, bucket))
+    tokens, valid = batching.pad([one.tokens for one in rendered], shape, pad_id, left=True)
+    return {
+        "id": [one.record["id"] for one in rendered],
+        "prompt": [one.record["prompt"] for one in rendered],
+        "reference": [one.record["reference"] for one in rendered],
+        "tokens": tokens,
+        "valid": valid,
+    }
+
+
+def training_batches(
+    rendered: Sequence[Rendered], *, pad_id: int, bucket: int, batch_size: int, seed: int
+) -> grain.MapDataset:
+    """Returns endless batches to train on: batch i, `dataset[i]`, depends on the arguments and i alone.
+
+    Every epoch has its own order. Epochs follow each other without a gap, so a batch can hold the end of one and the
+    beginning of the next: none is smaller than the others and no prompt is left out.
+
+    Args:
+      rendered: the training prompts.
+      pad_id, bucket: as in `collate`.
+      batch_size: B.
+      seed: of the order, from 0 to 2**32 - 1.
+    """
+    dataset = grain.MapDataset.source(rendered).shuffle(seed=seed).repeat()
+    return dataset.batch(batch_size, batch_fn=lambda batch: collate(batch, pad_id, bucket))
+
+
+def evaluation_batches(
+    rendered: Sequence[Rendered], *, pad_id: int, bucket: int, batch_size: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields every prompt once, in order, in batches of one size, to evaluate on.
+
+    Args:
+      rendered: N prompts.
+      pad_id, bucket: as in `collate`.
+      batch_size: B; the last batch is filled up by repeating its last prompt.
+
+    Yields:
+      A batch, and a mask bool [B] that is false on those repetitions: it is true N times in all.
+    """
+    for start in range(0, len(rendered), batch_size):
+        batch = list(rendered[start : start + batch_size])
+        mask = np.arange(batch_size) < len(batch)
+        yield collate(batch + batch[-1:] * (batch_size - len(batch)), pad_id, bucket), mask

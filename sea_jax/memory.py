@@ -1,0 +1,425 @@
+"""Does it fit? Compiles a run's steps for devices that need not be there and prints what each of them would hold.
+
+python -m sea_jax.memory --config=configs/tldr.py:6.9b --devices=8                          (seconds to minutes, on any machine)
+python -m sea_jax.memory --config=configs/tldr.py:6.9b --target=v5p:2x2x2                   (needs pip install "jax[tpu]")
+python -m sea_jax.memory --config=configs/tldr.py:6.9b --devices=8 --target=h100            (needs pip install "jax[cuda13]")
+
+Nothing is allocated and no weights are read: the steps are compiled for shapes. Each figure is the compiler's estimate;
+a real run was seen to need a quarter more for its temporaries, so that much is added before anything is said to fit.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sea_jax import config as configuration
+from sea_jax import ensemble, features, learner, wiring
+from sea_jax.actors import generation
+from sea_jax.actors.responder import COMPARED
+from sea_jax.data import batching
+from sea_jax.models import deberta, decoder, encoder, partition, reward
+from sea_jax.models.checkpoints import hf, published
+from sea_jax.models.checkpoints.config_json import from_hf
+from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
+from sea_jax.models.mesh import make_mesh
+from sea_jax.models.parameters import Params
+from sea_jax.policy import check_language_model, divide_layers
+from sea_jax.replay import empty_replay
+from sea_jax.runtime import console
+from sea_jax.settings import naming
+from sea_jax.types import PreferenceBatch, Prompts
+
+flags.declare_key_flag(console.CONFIG.name)  # the rest of its flags is for those who compute
+DEVICES = flags.DEFINE_integer("devices", 8, "How many devices; of a TPU, its topology says.", lower_bound=1)
+TARGET = flags.DEFINE_string(
+    "target", "cpu", "Compile for cpu, h100, or a TPU by its topology, such as v5p:2x2x2 or v6e:2x4."
+)
+
+# What XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take of a GPU; left to itself it takes three quarters. The H100's memory
+# is the device_memory_size of _H100, which is less than its name says; the A100s' is that of their names.
+_MEMORIES = {"A100-40G": 40 * 2**30, "A100-80G": 80 * 2**30, "H100": 84_929_347_584}
+GPU_BYTES = {name: int(0.95 * size) for name, size in _MEMORIES.items()}
+TPU_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30, "tpu7x": 96 * 2**30}  # a device
+MARGIN = 1.25  # a small real run's temporaries against the compiler's estimate
+
+# What XLA has to know of the device: https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-h100
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a compiled step needs on each device besides what is there all the time.
+
+    Attributes:
+      name: of the step.
+      temporary_bytes: activations, gradients and caches; what it returns and does not put in its arguments' place.
+      cache_bytes: of these, keys and values of prompts and responses.
+      compile_s: seconds that the compiler took.
+    """
+
+    name: str
+    temporary_bytes: int
+    cache_bytes: int
+    compile_s: float
+
+
+def devices(target: str, count: int) -> Sequence[jax.Device]:
+    """Returns devices to compile for.
+
+    Args:
+      target: cpu, h100, or a TPU's topology.
+      count: how many; of a TPU, its topology says.
+
+    Raises:
+      ValueError: there is no such target, or the package that compiles for it is missing.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if target == "cpu":
+        jax.config.update("jax_num_cpu_devices", count)
+        return jax.devices()
+    family = target.partition(":")[0]
+    if target != "h100" and (family not in TPU_BYTES or ":" not in target):
+        known = ", ".join(f"{name}:2x2..." for name in TPU_BYTES)
+        raise ValueError(f"--target={target}: it can be cpu, h100 or the topology of a TPU ({known})")
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(name, value)
+    try:
+        if target == "h100":
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=_H100
+            ).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    except Exception as error:  # plugins raise many kinds
+        package = "cuda13" if target == "h100" else "tpu"
+        raise ValueError(
+            f"--target={target}: JAX cannot compile for it here ({str(error).splitlines()[0]:.200}); is it spelt right, and is "
+            f'the compiler installed: pip install "jax[{package}]=={jax.__version__}"?'
+        ) from error
+
+
+def describe(source: str) -> Config:
+    """Returns a model's configuration; that of a published model needs no hub.
+
+    Args:
+      source: anything that `hf.load` takes.
+    """
+    if source in published.CONFIGS:
+        return from_hf(published.CONFIGS[source])
+    return hf.read_config(source)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns what a tree takes on each device.
+
+    Args:
+      tree: jax.ShapeDtypeStruct with shardings.
+    """
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """Returns shapes that are whole on every device.
+
+    Args:
+      tree: arrays or shapes.
+      mesh: the mesh.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def learner_of(trained: Params, how: learner.LearnerConfig, mesh: Mesh) -> learner.Learner:
+    """Returns the shapes of a learner, Adam's moments divided as the parameters are.
+
+    Args:
+      trained: shapes of the trained part.
+      how: LearnerConfig.
+      mesh: the mesh.
+    """
+    structure: Any = jax.tree.structure(trained)
+
+    def is_moment(x: Any) -> bool:
+        return jax.tree.structure(x) == structure
+
+    state = jax.eval_shape(learner.optimizer(how).init, trained)
+    state = jax.tree.map(lambda x: trained if is_moment(x) else whole(x, mesh), state, is_leaf=is_moment)
+    return learner.Learner(trained, state, whole(jax.ShapeDtypeStruct((), jnp.int32), mesh))
+
+
+def compiled(name: str, step: Callable[[], Any], platform: str, cache_bytes: int = 0) -> Step:
+    """Compiles a step and asks the compiler what it needs.
+
+    Args:
+      name: of the step.
+      step: lowers it.
+      platform: of the devices.
+      cache_bytes: keys and values on each device.
+
+    Returns:
+      Step.
+
+    Raises:
+      ValueError: the compiler says itself that it does not fit.
+    """
+    start = time.perf_counter()
+    try:
+        memory = step().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "memory" in line.lower()), str(error).splitlines()[0]
+        )
+        raise ValueError(f"the {name} step does not compile for this target: {reason:.300}") from error
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if platform == "tpu":  # there the peak is exact, and what lies in the arguments' place is not counted twice
+        temporary = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+    return Step(name, temporary, cache_bytes, time.perf_counter() - start)
+
+
+def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, int], list[Step]]:
+    """Returns what a run holds on each device, and what its steps need besides.
+
+    Args:
+      config: a whole configuration.
+      mesh: the one that is set.
+
+    Returns:
+      Bytes by what they are for, and the compiled steps.
+
+    Raises:
+      ValueError: a model is not what its field wants, or the mesh does not divide something.
+    """
+    with naming("policy.source", config.policy.source):
+        model = check_language_model(describe(config.policy.source))
+    wiring.check_mesh(config, mesh, model, describe)
+    platform = mesh.devices.flat[0].platform
+    cut = divide_layers(model, config.policy.train_last_layers, config.erm.feature_layer)
+    frozen_specs, trained_specs = decoder.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
+    trained = partition.abstract(trained_specs)
+    frozen, reference = (partition.abstract(part, config.policy.dtype) for part in (frozen_specs, trained_specs))
+    how = wiring.learner_config(config.learner, config.policy.dtype, total_steps=1000)
+    state = learner_of(trained, how, mesh)
+    held = {
+        "policy parameters": bytes_per_device(trained) + bytes_per_device(frozen),
+        "optimiser": bytes_per_device(state.opt_state),
+        "reference": bytes_per_device(reference),
+    }
+
+    # ------------------------------------------------------------------------------------------------------------- Policy
+    data, sampling = config.data, config.sampling
+    bucketed = batching.rounded(data.max_prompt_tokens, data.bucket)
+
+    def shape(dtype: Any, *sizes: int) -> Any:
+        return whole(jax.ShapeDtypeStruct(sizes, dtype), mesh)
+
+    def prompts(rows: int) -> Prompts:
+        return Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
+
+    def written(rows: int, samples: int, tokens: int) -> tuple[Any, Any]:
+        return shape(jnp.int32, rows, samples, tokens), shape(jnp.int32, rows, samples)
+
+    rows, answered = data.batch_size, sampling.batch_size or data.batch_size
+    tokens, lengths = written(rows, 2, sampling.max_new_tokens)
+    pairs = PreferenceBatch(
+        prompts=prompts(rows),
+        tokens=tokens,
+        lengths=lengths,
+        labels=shape(jnp.float32, rows),
+        weights=shape(jnp.float32, rows),
+    )
+    loss = wiring.loss(config.loss)
+    train = functools.partial(
+        learner.update.lower, state, frozen, reference, pairs, loss=loss, config=model, learner_config=how
+    )
+    drawn = generation.SamplingConfig(
+        num_samples=sampling.num_samples,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_ids=(0,),
+        pad_id=0,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        feature_stack=cut.feature_stack,
+        dtype=config.policy.dtype,
+    )
+    many = dataclasses.replace(drawn, num_samples=config.eval.best_of_n, max_new_tokens=config.eval.max_new_tokens)
+    key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+
+    def writing(name: str, rows: int, how: generation.SamplingConfig) -> Step:
+        lower = functools.partial(
+            generation.generate.lower, decoder.join(frozen, trained), prompts(rows), key, config=model, sampling=how
+        )
+        return compiled(name, lower, platform, cache_bytes(model, how, rows, bucketed, mesh))
+
+    def reading(name: str, how: generation.SamplingConfig) -> Step:
+        lower = functools.partial(
+            features.response_features.lower,
+            decoder.join(frozen, reference),
+            prompts(answered),
+            *written(answered, how.num_samples, how.max_new_tokens),
+            config=model,
+            feature_stack=how.feature_stack,
+            dtype=how.dtype,
+        )
+        return compiled(name, lower, platform)
+
+    steps = [compiled("train", train, platform)]
+    if config.actor.kind == "in_process":
+        steps.append(writing("sample", answered, drawn))
+        steps.append(
+            writing("evaluate", config.eval.batch_size, dataclasses.replace(many, num_samples=1, temperature=0.0))
+        )
+        if many.num_samples:
+            steps.append(writing("best of N", answered, many))
+    else:  # servers write
+        if config.actor.lag or config.actor.sync_every > 1:
+            held["policy copy for the engine"] = bytes_per_device(trained)
+        compared = written(rows, min(COMPARED, drawn.num_samples), drawn.max_new_tokens)
+        check = functools.partial(
+            wiring.logprobs.lower, frozen, trained, prompts(rows), *compared, config=model, dtype=drawn.dtype
+        )
+        steps.append(compiled("log-prob check", check, platform))
+
+    # ------------------------------------------------------------------------------------------------------------ ERM
+    width = model.d_model
+    if config.erm.trunk:
+        with naming("erm.trunk", config.erm.trunk):
+            held["ERM trunk"], step, width = trunk_step(describe(config.erm.trunk), config.erm, shape)
+        steps.append(compiled("features", step, platform))
+    elif not (cut.features_are_frozen and config.actor.kind == "in_process"):  # else the sampler reads them
+        steps.append(reading("features", drawn))
+        if many.num_samples:
+            steps.append(reading("best-of-N features", many))
+    erm = wiring.ensemble_config(config.erm)
+    replay = jax.eval_shape(functools.partial(empty_replay, wiring.replay_capacity(config), width))
+    replay = partition.abstract_batches(replay)
+    heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), mesh)
+    held["ERM heads and replay"] = bytes_per_device(heads) + bytes_per_device(replay)
+    learn = jax.jit(functools.partial(ensemble.update, config=erm))
+    steps.append(compiled("ERM", functools.partial(learn.lower, heads, replay, key), platform))
+
+    # --------------------------------------------------------------------------------------------------------- Oracle
+    if config.oracle.kind == "reward_model":
+        with naming("oracle.reward_model", config.oracle.reward_model):
+            judge = reward.check(describe(config.oracle.reward_model))
+        params = partition.abstract(decoder.abstract(judge), config.oracle.dtype)
+        held["reward model"] = bytes_per_device(params)
+        score = jax.jit(functools.partial(reward.apply, config=judge, dtype=config.oracle.dtype))
+        size = (config.oracle.batch_size, config.oracle.max_tokens)
+        lower = functools.partial(score.lower, params, tokens=shape(jnp.int32, *size), valid=shape(jnp.bool_, *size))
+        steps.append(compiled("score", lower, platform))
+    return held, steps
+
+
+def cache_bytes(model: ModelConfig, how: generation.SamplingConfig, prompts: int, length: int, mesh: Mesh) -> int:
+    """Returns the bytes of keys and values on each device while responses are written.
+
+    Args:
+      model: the policy's configuration.
+      how: SamplingConfig.
+      prompts: B.
+      length: P, tokens of a prompt.
+      mesh: the mesh.
+    """
+    tokens = prompts * (length + how.num_samples * how.max_new_tokens)
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(how.dtype).itemsize
+    return tokens * per_token // mesh.size
+
+
+def trunk_step(
+    trunk: Config, config: ml_collections.ConfigDict, shape: Callable[..., Any]
+) -> tuple[int, Callable[[], Any], int]:
+    """Returns an ERM trunk's bytes on each device, what lowers its forward pass, and the width of its features.
+
+    Args:
+      trunk: the trunk's configuration.
+      config: the `erm` part of a configuration.
+      shape: dtype and sizes -> a shape that is whole on every device.
+    """
+    params = partition.abstract(hf.abstract(trunk), config.trunk_dtype)
+    apply: Any  # the two take configurations of their own kinds
+    if isinstance(trunk, DebertaConfig):
+        apply, width, longest = deberta.apply, 2 * trunk.d_model, features.MAX_TOKENS
+    elif isinstance(trunk, EncoderConfig):
+        apply, width, longest = encoder.apply, trunk.d_model, trunk.max_positions
+    else:
+        raise ValueError("expected an encoder, found a decoder")
+    size = (config.trunk_batch_size, longest)
+    step = jax.jit(lambda params, *inputs: apply(params, trunk, *partition.batches(inputs), dtype=config.trunk_dtype))
+    return bytes_per_device(params), lambda: step.lower(params, shape(jnp.int32, *size), shape(jnp.bool_, *size)), width
+
+
+def table(held: Mapping[str, int], steps: Sequence[Step], memories: Mapping[str, int]) -> str:
+    """Returns the answer, in GB (1e9 bytes) on each device.
+
+    Args:
+      held: bytes by what they are for.
+      steps: Step.
+      memories: bytes of a device by its name.
+    """
+    resident, worst = sum(held.values()), max(steps, key=lambda step: step.temporary_bytes)
+    lines = ["| on each device | GB |", "| --- | ---: |"]
+    lines += [f"| {name} | {_gb(size)} |" for name, size in held.items()]
+    lines.append(f"| held all the time | {_gb(resident)} |")
+    for step in steps:
+        parts = f" (of which keys and values {_gb(step.cache_bytes)})" if step.cache_bytes else ""
+        lines.append(f"| {step.name} step, besides{parts} | {_gb(step.temporary_bytes)} |")
+    needed = resident + int(MARGIN * worst.temporary_bytes)
+    lines.append(f"| peak, in the {worst.name} step | {_gb(resident + worst.temporary_bytes)} |")
+    lines.append(f"| the same with {MARGIN - 1:.0%} more for temporaries | {_gb(needed)} |")
+    lines += ["", "| device | GB | fits |", "| --- | ---: | --- |"]
+    lines += [
+        f"| {name} | {_gb(size)} | {'yes' if needed <= size else f'no, {_gb(needed - size)} GB short'} |"
+        for name, size in memories.items()
+    ]
+    return "\n".join(lines)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def main() -> None:
+    """Reads the flags, compiles and prints."""
+    config = console.CONFIG.value
+    configuration.validate(config)
+    target = TARGET.value
+    found = devices(target, DEVICES.value)
+    mesh = make_mesh(config.mesh, found)
+    with jax.set_mesh(mesh):
+        held, steps = measure(config, mesh)
+    family = target.partition(":")[0]
+    memories = GPU_BYTES | ({family: TPU_BYTES[family]} if family in TPU_BYTES else {})
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(
+        f"{config.name} on {mesh.size} devices ({shape}), compiled for {target} in {sum(s.compile_s for s in steps):.0f} s\n"
+    )
+    print(table(held, steps, memories))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,1 @@
+"""Weights and configurations as files hold them, read strictly and written back."""

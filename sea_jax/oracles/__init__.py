@@ -1,0 +1,1 @@
+"""Who labels, and the one way from a duel to its label."""

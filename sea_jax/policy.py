@@ -1,0 +1,209 @@
+"""The policy: a decoder read from its files, divided into what is trained and what is not, placed on the mesh, exported."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sea_jax.models import decoder, partition, tokenizer
+from sea_jax.models.checkpoints import hf
+from sea_jax.models.config import Config, ModelConfig
+from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.runtime import cache, processes
+from sea_jax.settings import naming
+from sea_jax.types import Params
+
+FINGERPRINT_FILE = "policy_id"  # file in the work directory
+NUMBERS_READ = 4096  # of each parameter, for its fingerprint
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded decoder, divided for training.
+
+    Attributes:
+      config: ModelConfig.
+      tokenizer: Tokenizer.
+      directory: where both were read.
+      frozen: the part of the parameters that is not trained; matrices in the compute dtype.
+      reference: the trained part as it was loaded, pi_ref; matrices in the compute dtype.
+      initial: the same on the host in float32, where training starts.
+      feature_stack: features stand behind this many stacks of layers; None: behind the last norm.
+      features_are_frozen: no layer up to the features is trained.
+      fingerprint: of the weights as they were loaded.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    directory: Path
+    frozen: Params
+    reference: Params
+    initial: Params
+    feature_stack: int | None
+    features_are_frozen: bool
+    fingerprint: str
+
+
+def check_language_model(config: Config) -> ModelConfig:
+    """Refuses any model that is not a language model.
+
+    Args:
+      config: a model's configuration.
+
+    Returns:
+      The same configuration.
+
+    Raises:
+      ValueError: it is an encoder's or a reward model's.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError("expected a decoder, found an encoder")
+    if config.scalar_head:
+        raise ValueError("expected a language model, found a reward model")
+    return config
+
+
+def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dtype: str = "float32") -> Policy:
+    """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
+
+    Args:
+      source: anything that `hf.load` takes.
+      train_last_layers: n; 0 trains everything.
+      feature_layer: behind so many layers; 0: behind the last norm.
+      dtype: compute dtype.
+
+    Returns:
+      Policy.
+
+    Raises:
+      ValueError: more layers are named than there are, the source is no decoder, or its tokenizer does not fit it.
+    """
+    with naming("policy.source", source):
+        if source.startswith(cache.PREFIX):
+            directory = cache.resolve(source)
+            if not directory.exists():
+                raise ValueError(
+                    f"there is no {directory}; make it first with `python -m sea_jax.sft --config=...` of the config "
+                    "whose output it is"
+                )
+            source = str(directory)
+        loaded = hf.load(source)
+        config, words = check_language_model(loaded.config), tokenizer.load(loaded.directory)
+        tokenizer.check(words, config.vocab_size)
+    for field, value in (("policy.train_last_layers", train_last_layers), ("erm.feature_layer", feature_layer)):
+        if value > config.num_layers:
+            raise ValueError(f"config.{field}={value}: the model has {config.num_layers} layers")
+    division = divide_layers(config, train_last_layers, feature_layer)
+    params = decoder.recut(loaded.params, division.cuts)
+    frozen, trained = decoder.divide(params, division.num_trained_stacks)
+
+    def placed(part: Params) -> Params:
+        return partition.put(part, decoder.specs(config, part), dtype)
+
+    return Policy(
+        config=config,
+        tokenizer=words,
+        directory=loaded.directory,
+        frozen=placed(frozen),
+        reference=placed(trained),
+        initial=trained,
+        feature_stack=division.feature_stack,
+        features_are_frozen=division.features_are_frozen,
+        fingerprint=weights_fingerprint(loaded.params),
+    )
+
+
+def weights_fingerprint(params: Params) -> str:
+    """Returns what tells one model's weights from another's, from some thousand numbers of each parameter.
+
+    Args:
+      params: numpy arrays.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.ascontiguousarray(leaf.reshape(-1)[:: max(1, leaf.size // NUMBERS_READ)]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(policy: Policy, workdir: Path) -> None:
+    """Refuses another model than that which a work directory's run began with.
+
+    Args:
+      policy: Policy.
+      workdir: where the run writes; nothing is known of one that holds no fingerprint.
+
+    Raises:
+      ValueError: the weights differ.
+    """
+    path = workdir / FINGERPRINT_FILE
+    if path.exists() and path.read_text().strip() != policy.fingerprint:
+        raise ValueError(
+            f"config.policy.source: the weights in {policy.directory} are not those that the run in {workdir} began with, its "
+            "reference policy (made anew, or another version?); put them back, or start anew with another --workdir"
+        )
+
+
+@dataclass(frozen=True)
+class Division:
+    """Where a decoder's layers are cut.
+
+    Attributes:
+      cuts: layer numbers, see `decoder.abstract`.
+      num_trained_stacks: the last so many stacks are trained; None: everything is.
+      feature_stack: features stand behind so many stacks; None: behind the last norm.
+      features_are_frozen: no layer up to the features is trained.
+    """
+
+    cuts: tuple[int, ...]
+    num_trained_stacks: int | None
+    feature_stack: int | None
+    features_are_frozen: bool
+
+
+def divide_layers(config: ModelConfig, train_last_layers: int, feature_layer: int) -> Division:
+    """Cuts a decoder's layers where training begins and where features are read.
+
+    Args:
+      config: ModelConfig.
+      train_last_layers: n; 0 trains everything.
+      feature_layer: behind so many layers; 0: behind the last norm.
+
+    Returns:
+      Division.
+    """
+    first_trained = config.num_layers - train_last_layers if train_last_layers else 0
+    cuts = tuple(sorted({first_trained, feature_layer} - {0, config.num_layers}))
+    bounds = (*cuts, config.num_layers)
+    inner_feature = 0 < feature_layer < config.num_layers
+    return Division(
+        cuts=cuts,
+        num_trained_stacks=sum(bound > first_trained for bound in bounds) if train_last_layers else None,
+        feature_stack=bounds.index(feature_layer) + 1 if inner_feature else None,
+        features_are_frozen=inner_feature and feature_layer <= first_trained,
+    )
+
+
+def export_policy(loaded: Policy, trained: Params, directory: Path) -> None:
+    """Writes a trained policy as a Hugging Face directory.
+
+    Args:
+      loaded: Policy.
+      trained: the trained part of the parameters.
+      directory: where to; must not exist yet, or be empty.
+    """
+    trained = processes.fetch(trained)
+    if not processes.is_first():
+        return
+    frozen: Params = {"stacks": ()}
+    if loaded.frozen["stacks"] or len(loaded.frozen) > 1:  # from its file: here it may be in a narrower dtype
+        whole = hf.load(loaded.directory).params
+        sizes = [len(stack["q"]["kernel"]) for stack in (*loaded.frozen["stacks"], *trained["stacks"])]
+        cuts = np.cumsum(sizes)[:-1].tolist()
+        frozen, _ = decoder.divide(decoder.recut(whole, cuts), len(trained["stacks"]))
+    hf.save(directory, loaded.config, decoder.join(frozen, trained), loaded.directory)

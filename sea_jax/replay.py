@@ -1,0 +1,87 @@
+"""What has been labelled: a replay of cached features for the ERM, and the ledger of every ask and label on disk."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sea_jax.models import partition
+from sea_jax.types import Array
+
+
+@struct.dataclass
+class Replay:
+    """The last C oracle-labelled pairs as cached features, first in, first out.
+
+    Attributes:
+      features: [C, 2, d] float32, of the first and second response.
+      labels: [C] float32, probability that the first wins.
+      added: scalar int32, pairs ever added; the next one goes to slot added % C.
+    """
+
+    features: Array
+    labels: Array
+    added: Array
+
+
+def empty_replay(capacity: int, num_features: int) -> Replay:
+    """Returns a replay with room for `capacity` pairs.
+
+    Args:
+      capacity: C, pairs.
+      num_features: d.
+
+    Returns:
+      Replay.
+    """
+
+    @jax.jit
+    def empty() -> Replay:
+        return _divided(jnp.zeros((capacity, 2, num_features)), jnp.zeros(capacity), jnp.zeros((), jnp.int32))
+
+    return empty()
+
+
+def _divided(features: Array, labels: Array, added: Array) -> Replay:
+    """A replay whose pairs are divided over the mesh like a batch."""
+    return Replay(partition.constrain(features, "batch"), partition.constrain(labels, "batch"), partition.whole(added))
+
+
+@jax.jit
+def add_pairs(replay: Replay, features: Array, labels: Array, keep: Array) -> Replay:
+    """Appends the kept pairs of a batch; the oldest pairs make room.
+
+    Args:
+      replay: Replay of capacity C >= B.
+      features: [B, 2, d] float32.
+      labels: [B] float32.
+      keep: [B] bool, which pairs to append.
+
+    Returns:
+      Replay.
+    """
+    capacity = replay.labels.shape[0]
+    slot = (replay.added + jnp.cumsum(keep) - 1) % capacity
+    slot = jnp.where(keep, slot, capacity)  # out of bounds: dropped by the scatter
+    return _divided(
+        replay.features.at[slot].set(features, mode="drop"),
+        replay.labels.at[slot].set(labels, mode="drop"),
+        replay.added + keep.sum(dtype=jnp.int32),
+    )
+
+
+def sample_pairs(replay: Replay, batch_size: int, key: Array) -> tuple[Array, Array, Array]:
+    """Draws a batch uniformly and without replacement; while the replay holds fewer pairs, all of them.
+
+    Args:
+      replay: Replay of capacity C.
+      batch_size: b, pairs; at most C are returned.
+      key: random key.
+
+    Returns:
+      features [b, 2, d], labels [b], weights [b] (0 for rows that hold no pair).
+    """
+    capacity = replay.labels.shape[0]
+    held = jnp.arange(capacity) < replay.added
+    order = jnp.where(held, jax.random.uniform(key, (capacity,)), -1.0)
+    _, rows = jax.lax.top_k(order, min(batch_size, capacity))
+    return replay.features[rows], replay.labels[rows], held[rows].astype(jnp.float32)

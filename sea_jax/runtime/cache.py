@@ -1,0 +1,32 @@
+"""Where things are kept that can be made again: compiled programs, and models under a name of the user's."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def cache_dir() -> Path:
+    """Returns the directory for downloaded and derived files: $SEA_JAX_CACHE, else ~/.cache/sea_jax."""
+    return Path(os.environ.get("SEA_JAX_CACHE") or "~/.cache/sea_jax").expanduser()
+
+
+PREFIX = "cache:"
+
+
+def resolve(name: str) -> Path:
+    """Returns the directory that a config field names.
+
+    Args:
+      name: a path, or cache:NAME for a directory inside the cache.
+
+    Returns:
+      The path; it need not exist.
+    """
+    return cache_dir() / name.removeprefix(PREFIX) if name.startswith(PREFIX) else Path(name).expanduser()
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs in the cache, so that nothing is compiled twice."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,102 @@
+"""How far a run is, on a terminal or in a log."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm
+
+from sea_jax.runtime import metrics
+
+PLAIN_LINE_INTERVAL_S = 5.0
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _described(values: metrics.Metrics) -> list[tuple[str, str]]:
+    described = []
+    for name, value in values.items():
+        if not isinstance(value, str):
+            number = float(value)
+            value = f"{number:.0f}" if number.is_integer() else f"{number:.4g}"
+        described.append((name, value))
+    return described
+
+
+class Progress:
+    """A progress bar on a terminal; plain lines, at most one per 5 s, where the output is piped.
+
+    Args:
+      total: units in the whole run.
+      unit: what is counted, such as "step".
+      start: units done before this process began; rate and remaining time do not count them.
+      stream: where to write; None is standard error.
+      clock: seconds that only ever go forward.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        start: int = 0,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._unit, self._start, self._clock = total, unit, start, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._began_s = clock()
+        self._last_line_s = -math.inf
+        self._bar = None
+        if self._stream.isatty():
+            # A terminal that does not tell its size counts as 80 x 24 here; tqdm would draw nothing on it.
+            columns, lines = shutil.get_terminal_size()
+            self._bar = tqdm(total=total, initial=start, unit=unit, file=self._stream, ncols=columns, nrows=lines)
+
+    def update(self, done: int, values: metrics.Metrics, *, important: bool = False) -> None:
+        """Shows how far the run is.
+
+        Args:
+          done: units done in all, those before this process included.
+          values: name -> number or text to show beside it, such as {"queries": "48/320", "loss": 0.69}.
+          important: print a line that stays, such as the one of an evaluation, even if the last was a moment ago.
+        """
+        now_s = self._clock()
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(f"{name}={text}" for name, text in _described(values)), refresh=False)
+            self._bar.update(done - self._bar.n)
+            if important:
+                self._bar.write(self._line(done, values, now_s), file=self._stream)
+        elif important or done >= self._total or now_s - self._last_line_s >= PLAIN_LINE_INTERVAL_S:
+            self._last_line_s = now_s
+            self._stream.write(self._line(done, values, now_s) + "\n")
+            self._stream.flush()
+
+    def _line(self, done: int, values: metrics.Metrics, now_s: float) -> str:
+        elapsed_s = now_s - self._began_s
+        here = done - self._start
+        remaining = _duration(elapsed_s / here * (self._total - done)) if here > 0 else "?"
+        parts = [f"{self._unit} {done}/{self._total}", *(f"{name} {text}" for name, text in _described(values))]
+        line = " ".join([*parts, f"elapsed {_duration(elapsed_s)}", f"eta {remaining}"])
+        return "".join(character if character.isprintable() else " " for character in line)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and frees the terminal's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

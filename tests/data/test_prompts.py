@@ -1,0 +1,281 @@
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import grain
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from sea_jax.data import sources
+from sea_jax.data.near_duplicates import without_near_duplicates, word_shingles
+from sea_jax.data.prompts import (
+    Record,
+    Rendered,
+    collate,
+    digest,
+    evaluation_batches,
+    load_records,
+    render,
+    render_all,
+    split_records,
+    training_batches,
+)
+from sea_jax.models.tokenizer import Tokenizer
+
+
+def record(prompt: str) -> Record:
+    return {"id": digest(prompt)[:16], "prompt": prompt, "reference": ""}
+
+
+def rendered(*lengths: int) -> list[Rendered]:
+    """Prompts of given numbers of tokens; prompt i is i + 1, many times."""
+    return [Rendered(record(f"prompt {i}"), [i + 1] * length) for i, length in enumerate(lengths)]
+
+
+def lines(path: Path, *objects: object) -> Path:
+    path.write_text("\n".join(json.dumps(one) for one in objects) + "\n")
+    return path
+
+
+# split
+
+
+def test_the_split_depends_on_each_prompt_alone() -> None:
+    records = [record(f"prompt number{i} about topic{i}") for i in range(400)]
+    train, heldout = split_records(records, 0.25)
+    assert len(train) + len(heldout) == 400
+    assert 70 <= len(heldout) <= 130
+    for one in heldout:
+        assert int(digest(one["prompt"])[:2], 16) < 64
+    fewer_train, fewer_heldout = split_records(records[100:][::-1], 0.25)
+    assert fewer_heldout == [one for one in heldout if one in records[100:]]
+    assert fewer_train == [one for one in train if one in records[100:]]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
+def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction"):
+        split_records([record("x")], fraction)
+
+
+def test_near_duplicates_of_held_out_prompts_are_dropped() -> None:
+    heldout = [record("The quick brown fox jumps over the lazy dog while the old cat sleeps.")]
+    kept = [
+        record("A quick brown fox was seen; nobody knows where the lazy dog went that day."),
+        record("Something else altogether, in many words that the other text does not have."),
+        record("The dog"),
+    ]
+    dropped = [
+        record("the QUICK brown fox jumps over the lazy dog, while an old cat sleeps"),
+        record("jumps over the lazy dog"),
+        record(
+            "So they say that the quick brown fox jumps over the lazy dog. I never saw it do that, nor did you, ever."
+        ),
+    ]
+    assert without_near_duplicates([*dropped, *kept], heldout) == kept
+    assert without_near_duplicates(kept, []) == kept
+
+
+def test_the_wording_of_a_template_is_no_sign_of_nearness() -> None:
+    template = "Below is an instruction that describes a task. Write a response that completes it.\n\n{}\n\nResponse:"
+    heldout = [record(template.format(f"Name {i} towns beside river {i} now")) for i in range(8)]
+    kept = [record(template.format(f"Tell me why bridge {i} fell")) for i in range(20)] + [
+        record(template.format("Go"))
+    ]
+    dropped = [record(template.format("Please name 3 towns beside river 3 now"))]
+    assert without_near_duplicates([*dropped, *kept], heldout) == kept
+    # Of few held-out prompts nobody can tell what is a template's.
+    assert without_near_duplicates(kept, heldout[:4]) == []
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
+    st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
+)
+def test_near_duplicates_are_those_that_share_a_third_of_the_shorter(prompts: list[str], others: list[str]) -> None:
+    def repeats(prompt: str, other: str) -> bool:
+        one, two = word_shingles(prompt), word_shingles(other)
+        return 3 * len(one & two) >= min(len(one), len(two))
+
+    with mock.patch.multiple(prompts, PROMPTS_COMPARED=2, BOILERPLATE_TIMES=99):
+        kept = without_near_duplicates([record(prompt) for prompt in prompts], [record(other) for other in others])
+    expected = [prompt for prompt in prompts if not any(repeats(prompt, other) for other in others)]
+    assert [one["prompt"] for one in kept] == expected
+
+
+# load
+
+
+def config(**fields: object) -> ml_collections.ConfigDict:
+    defaults = {
+        "source": "jsonl",
+        "path": "",
+        "heldout_path": "",
+        "split": "train",
+        "heldout_split": "",
+        "subset": "",
+        "directory": "",
+        "heldout_fraction": 0.5,
+        "prompt_field": "p",
+        "reference_field": "",
+    }
+    return ml_collections.ConfigDict(defaults | fields)
+
+
+def test_a_file_of_its_own_can_be_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    repost = {"p": "I asked my neighbour about his very loud dog, again!"}
+    train = lines(tmp_path / "train.jsonl", {"p": "a"}, {"p": "b"}, repost, {"p": "c"})
+    post = {"p": "I asked my neighbour about his very loud dog."}
+    heldout = lines(tmp_path / "heldout.jsonl", {"p": "d"}, {"p": "b"}, post)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        parts = load_records(config(path=str(train), heldout_path=str(heldout)))
+    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["d", "b", post["p"]]]
+    assert "dropped 2 training prompts that nearly repeat a held-out one" in caplog.text
+
+
+def test_one_file_is_split(tmp_path: Path) -> None:
+    path = lines(tmp_path / "all.jsonl", *({"p": f"prompt{i}"} for i in range(50)))
+    train, heldout = load_records(config(path=str(path)))
+    assert {one["prompt"] for one in train + heldout} == {f"prompt{i}" for i in range(50)}
+    assert len(train) + len(heldout) == 50
+
+
+def test_nothing_to_train_on_or_to_hold_out_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "one.jsonl", {"p": "alone"})
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction"):
+        load_records(config(path=str(path)))
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.source is 'web'"):
+        load_records(config(source="web"))
+
+
+@pytest.mark.parametrize("source", ["parquet", "huggingface", "tfds"])
+def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    asked = []
+
+    def read(*given: object, **named: object) -> list[Record]:
+        asked.append((*given, named))
+        return [record("a"), record("b"), record("c")] if len(asked) == 1 else [record("b")]
+
+    monkeypatch.setattr(sources, source, read)
+    files = {"path": "train.parquet", "heldout_path": "heldout.parquet"}
+    splits = {"path": "named", "split": "sft", "heldout_split": "test", "subset": "short", "directory": "there"}
+    chosen = files if source == "parquet" else splits
+    parts = load_records(config(source=source, reference_field="r", **chosen))
+    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["b"]]
+    fields = {"prompt_field": "p", "reference_field": "r"}
+    place = {"huggingface": {"subset": "short"}, "tfds": {"directory": "there"}}
+    assert asked == (
+        [("train.parquet", fields), ("heldout.parquet", fields)]
+        if source == "parquet"
+        else [("named", fields | place[source] | {"split": split}) for split in ("sft", "test")]
+    )
+
+
+# rendering
+
+
+def test_a_template_surrounds_the_prompt(byte_tokenizer: Tokenizer) -> None:
+    ids = render("a{b}", byte_tokenizer, template='{"q": {prompt}}', chat=False)
+    assert byte_tokenizer.decode(ids) == '{"q": a{b}}'
+
+
+def test_a_prompt_that_mentions_the_placeholder_is_left_alone(byte_tokenizer: Tokenizer) -> None:
+    ids = render("{prompt}", byte_tokenizer, template="<{prompt}>", chat=False)
+    assert byte_tokenizer.decode(ids) == "<{prompt}>"
+
+
+def test_a_chat_has_its_special_tokens_once(byte_tokenizer: Tokenizer) -> None:
+    ids = render("a", byte_tokenizer, template="Do {prompt}", chat=True, system="Be brief.")
+    assert byte_tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nDo a<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(1) == 3
+    assert 1 not in render("a", byte_tokenizer, template="{prompt}", chat=False)
+
+
+def test_a_chat_has_no_bos_but_what_its_template_writes(byte_tokenizer: Tokenizer) -> None:
+    backend = copy.deepcopy(byte_tokenizer.backend)
+    backend.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", "$A $B", [("<|im_start|>", 1)])
+    backend.chat_template = "[{{ messages[0]['content'] }}]"
+    beginning = dataclasses.replace(byte_tokenizer, backend=backend)
+    expected = byte_tokenizer.encode("[a]")
+    assert render("[a]", beginning, template="{prompt}", chat=False) == [1, *expected]
+    assert render("a", beginning, template="{prompt}", chat=True) == expected
+
+
+def test_long_prompts_are_left_out_and_counted(byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    records = [record("x" * length) for length in (5, 3, 4, 9)]
+    with caplog.at_level(logging.INFO, logger="absl"):
+        kept = render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=4)
+    assert [len(one.tokens) for one in kept] == [3, 4]
+    assert [one.record for one in kept] == records[1:3]
+    assert "2 of 4 prompts are over 4 tokens" in caplog.text
+    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens is 2.*from 3 to 9 tokens"):
+        render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=2)
+
+
+# batches
+
+
+def test_prompts_are_padded_on_the_left_to_a_multiple_of_the_bucket() -> None:
+    batch = collate(rendered(3, 5), pad_id=9, bucket=4)
+    np.testing.assert_array_equal(batch["tokens"], [[9, 9, 9, 9, 9, 1, 1, 1], [9, 9, 9, 2, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(batch["valid"], [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1]])
+    assert (batch["tokens"].dtype, batch["valid"].dtype) == (np.int32, bool)
+    assert batch["prompt"] == ["prompt 0", "prompt 1"]
+    assert collate(rendered(4), pad_id=9, bucket=4)["tokens"].shape == (1, 4)
+    assert collate(rendered(0), pad_id=9, bucket=4)["valid"].sum() == 0
+
+
+def ids_of(dataset: grain.MapDataset, batches: Iterable[int]) -> list[str]:
+    return [one for i in batches for one in dataset[i]["id"]]
+
+
+@settings(deadline=None, max_examples=30)
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+def test_every_epoch_has_every_prompt_once_in_an_order_of_its_own(count: int, batch_size: int, seed: int) -> None:
+    prompts = rendered(*[1] * count)
+    dataset = training_batches(prompts, pad_id=0, bucket=1, batch_size=batch_size, seed=seed)
+    seen = ids_of(dataset, range(2 * count))
+    assert len(seen) == 2 * count * batch_size
+    epochs = [seen[start : start + count] for start in range(0, len(seen), count)]
+    assert all(sorted(epoch) == sorted(one.record["id"] for one in prompts) for epoch in epochs)
+    if count >= 8:
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
+    prompts = rendered(*range(1, 21))
+    dataset, again, other = (
+        training_batches(prompts, pad_id=0, bucket=4, batch_size=3, seed=seed) for seed in (5, 5, 6)
+    )
+    order = [17, 3, 0, 10**12, 3]
+    for i in order:
+        batch, expected = dataset[i], again[i]
+        np.testing.assert_array_equal(batch.pop("tokens"), expected.pop("tokens"))
+        np.testing.assert_array_equal(batch.pop("valid"), expected.pop("valid"))
+        assert batch == expected
+    assert ids_of(dataset, order) != ids_of(other, order)
+
+
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 8))
+def test_an_evaluation_counts_every_prompt_once_in_order(count: int, batch_size: int) -> None:
+    prompts = rendered(*[2] * count)
+    counted = []
+    for batch, mask in evaluation_batches(prompts, pad_id=0, bucket=1, batch_size=batch_size):
+        assert batch["tokens"].shape == (batch_size, 2)
+        assert len(batch["id"]) == len(mask) == batch_size
+        counted += [one for one, counts in zip(batch["id"], mask, strict=True) if counts]
+    assert counted == [one.record["id"] for one in prompts]
