@@ -130,7 +130,9 @@ class JaxStep:
         texts = self.texts(self.candidates())
         first, second = ([row[i] for row, i in zip(texts, self.inputs.duel[:, side], strict=True)] for side in (0, 1))
         asks = [f"benchmark/{seed}-{row}" for row in range(len(posts))]
-        return self.label(posts, first, second, jax.random.split(jax.random.key(seed), len(posts)), asks).label
+        keys = jax.random.split(jax.random.key(seed), len(posts))
+        (judgement,) = self.label(posts, first, second, preferences.drawn_order(keys), keys, asks)
+        return judgement.label
 
     def erm(self, seed: int) -> np.ndarray:
         """Computes the rewards of all candidates, then takes the ERM's gradient steps on the replay.

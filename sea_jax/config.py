@@ -25,6 +25,8 @@ from sea_jax.settings import (
     one_of_or_user,
 )
 
+RunSettings = ml_collections.ConfigDict
+
 
 def default() -> ml_collections.ConfigDict:
     """Returns the configuration that every config starts from: the paper's values where it gives one.
@@ -37,6 +39,7 @@ def default() -> ml_collections.ConfigDict:
     config.seed = 0  # every random choice flows from it
     config.mesh = (1, 1, 1)  # devices along "data", "fsdp", "tensor"; one may be -1: all that are left
     config.bridge_token_file = ""  # holds the servers' token; "": the environment variable SEA_JAX_BRIDGE_TOKEN does
+    config.method = "sea"  # how pairs are chosen, labelled and learnt from: "sea", "online", or my_module:my_method
     config.max_queries = 50_000  # budget: pairs labelled by the oracle, exact (paper, App. F)
 
     config.policy = policy = ml_collections.ConfigDict()

@@ -11,7 +11,7 @@ from sea_jax import ensemble, sampling
 from sea_jax.data.prompts import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
-from sea_jax.oracles import preferences
+from sea_jax.oracles.preferences import answers
 from sea_jax.statistics import Interval, win_rate
 from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
@@ -103,6 +103,7 @@ class Evaluation:
       greedy: trained parameters, policy steps -> a response to every held-out prompt.
       best_of_n: trained parameters, ERM, policy steps -> the best of n responses to the first of them.
       initial: the initial policy's greedy responses.
+      swapped: [N] bool, prompts at which the pair is shown the other way round.
     """
 
     records: Sequence[Record]
@@ -110,6 +111,7 @@ class Evaluation:
     greedy: Callable[[Params, int], Responses]
     best_of_n: Callable[[Params, Ensemble, int], Responses]
     initial: Responses
+    swapped: np.ndarray
 
     def against_initial(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray]:
         """Compares responses with the initial policy's.
@@ -120,7 +122,8 @@ class Evaluation:
         Returns:
           As of `compare`.
         """
-        return compare(self.preference, self._prompts(len(texts)), texts, self.initial.texts[: len(texts)])
+        count = len(texts)
+        return compare(self.preference, self._prompts(count), texts, self.initial.texts[:count], self.swapped[:count])
 
     def against_references(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray] | None:
         """Compares responses with the data set's own, where it has one.
@@ -136,8 +139,8 @@ class Evaluation:
         if not there:
             return None
         prompts = self._prompts(len(texts))
-        columns = ([column[i] for i in there] for column in (prompts, texts, references))
-        interval, known = compare(self.preference, *columns)
+        prompts, known_texts, opponents = ([column[i] for i in there] for column in (prompts, texts, references))
+        interval, known = compare(self.preference, prompts, known_texts, opponents, self.swapped[there])
         probability = np.full(len(texts), np.nan)
         probability[there] = known
         return interval, probability
@@ -189,7 +192,7 @@ def samples(
     Args:
       evaluation: Evaluation.
       responses: to the held-out prompts.
-      probability: P(response wins), one for each.
+      probability: P(response wins), one for each; NaN where there is no answer.
       step: training step.
 
     Yields:
@@ -204,12 +207,15 @@ def samples(
             "reference": record["reference"],
             "initial": initial,
             "response": text,
-            "win_probability": float(p),
-        }
+        } | ({} if np.isnan(p) else {"win_probability": float(p)})
 
 
 def compare(
-    preference: Preference, prompts: Sequence[str], responses: Sequence[str], opponents: Sequence[str]
+    preference: Preference,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    opponents: Sequence[str],
+    swapped: np.ndarray,
 ) -> tuple[Interval, np.ndarray]:
     """Returns the share of prompts where the oracle, free of noise, prefers a response over its opponent's.
 
@@ -218,16 +224,23 @@ def compare(
       prompts: N.
       responses: N.
       opponents: N.
+      swapped: [N] bool, pairs that are shown with the opponent first.
 
     Returns:
-      The win rate with its 95% interval over prompts, ties counting half, and P(response wins) [N].
+      The win rate over the prompts that are answered, with its 95% interval, ties counting half; and P(response wins) [N],
+      NaN where there is no answer.
 
     Raises:
-      ValueError: the preference returns what is no probability, or not one for each pair.
+      ValueError: an answer cannot be used, see `preferences.answers`, or there is none at all.
     """
-    differ = [i for i, (a, b) in enumerate(zip(responses, opponents, strict=True)) if a != b]
-    probability = np.full(len(prompts), 0.5)  # the same text is a tie: nobody needs to be asked
-    if differ:
-        asked = ([texts[i] for i in differ] for texts in (prompts, responses, opponents))
-        probability[differ] = preferences.probabilities(preference, *asked)
-    return win_rate((np.sign(probability - 0.5) + 1) / 2), probability
+    differ = np.array([a != b for a, b in zip(responses, opponents, strict=True)], bool)
+    probability = np.where(differ, np.nan, 0.5)  # the same text is a tie: nobody needs to be asked
+    asked = np.flatnonzero(differ)
+    if len(asked):
+        shown, first, second = ([texts[i] for i in asked.tolist()] for texts in (prompts, responses, opponents))
+        for rows, known in answers(preference, shown, first, second, swapped[asked]):
+            probability[asked[rows]] = known
+    decided = probability[~np.isnan(probability)]
+    if not len(decided):
+        raise ValueError(f"the oracle was asked about {len(asked)} pairs of an evaluation and answered none")
+    return win_rate((np.sign(decided - 0.5) + 1) / 2), probability

@@ -86,10 +86,11 @@ def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3)
     return -jax.nn.log_sigmoid(beta * (margin - gamma_over_beta))
 
 
-LOSSES: Mapping[str, Callable[..., Array]] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
+LABELS = "labels"  # the parameter of a loss that takes labels itself
+LOSSES: Mapping[str, Loss] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
 
 
-def bind(loss: Callable[..., Array], hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Array]:
+def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Array]:
     """Fixes a loss's hyper-parameters; those that are None keep the loss's own default.
 
     Args:
@@ -104,7 +105,7 @@ def bind(loss: Callable[..., Array], hyper_parameters: Mapping[str, Any]) -> Cal
     """
     given = {name: value for name, value in hyper_parameters.items() if value is not None}
     parameters = inspect.signature(loss).parameters
-    takes = list(parameters)[1:]
+    takes = [name for name in list(parameters)[1:] if name != LABELS]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
         if name not in takes and not takes_any:
@@ -135,15 +136,17 @@ def swap(pairs: PairLogps) -> PairLogps:
     )
 
 
-def expected(loss: Loss | Callable[[PairLogps], Array], pairs: PairLogps, labels: Array) -> Array:
+def expected(loss: Loss, pairs: PairLogps, labels: Array) -> Array:
     """Returns the loss expected under soft labels: p loss(first over second) + (1 - p) loss(second over first).
 
     Args:
-      loss: `loss(pairs)` -> [B].
+      loss: `loss(pairs)` -> [B]; one that has a parameter `labels` takes them itself, and is not exchanged.
       pairs: log-probs with the first response as chosen, [B].
       labels: [B] float32, probability p that the first response wins.
 
     Returns:
       [B] float32; labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
     """
+    if LABELS in inspect.signature(loss).parameters:
+        return loss(pairs, labels=labels)
     return labels * loss(pairs) + (1 - labels) * loss(swap(pairs))

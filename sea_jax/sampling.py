@@ -5,14 +5,41 @@ and j differ: two identical texts tell an oracle nothing, so a rule picks among 
 The rules named _oat are those of the authors' code (https://github.com/sail-sg/oat) where it departs from the paper.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sea_jax.settings import user_function
 from sea_jax.types import Array, Duel, DuelRule
 
 NEVER = -jnp.inf
+
+# What a rule may see besides rewards and distinct, by the names of its keyword-only parameters.
+SEES: Mapping[str, str] = {
+    "logprobs": "[B, M] of each response under the newest policy, summed over its tokens",
+    "reference_logprobs": "[B, M] the same under the reference policy",
+    "lengths": "[B, M] tokens of each response",
+    "features": "[B, M, d] what the ERM sees",
+}
+
+
+def seen_by(rule: Callable[..., Any], field: str) -> frozenset[str]:
+    """Returns which of `SEES` a rule asks for, by its keyword-only parameters.
+
+    Args:
+      rule: a function of rewards, distinct and key.
+      field: the config field that names it and its value, for the error.
+
+    Raises:
+      ValueError: it asks for something else.
+    """
+    asked = [each for each in inspect.signature(rule).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    if unknown := [each.name for each in asked if each.default is each.empty and each.name not in SEES]:
+        raise ValueError(f"config.{field}: it asks for {', '.join(unknown)}; a rule can see {', '.join(SEES)}")
+    return frozenset(each.name for each in asked if each.name in SEES)
 
 
 def _random_head(rewards: Array, key: Array) -> Array:
@@ -27,7 +54,7 @@ def _differs_from(distinct: Array, first: Array) -> Array:
     return jnp.take_along_axis(distinct, first[:, None, None], axis=1)[:, 0]
 
 
-def _best_pair(score: Array, distinct: Array) -> Duel:
+def best_pair(score: Array, distinct: Array) -> Duel:
     """The distinct pair with the highest score: score [B, M, M] -> Duel [B]."""
     num_candidates = score.shape[-1]
     best = jnp.where(distinct, score, NEVER).reshape(score.shape[0], -1).argmax(-1).astype(jnp.int32)
@@ -167,7 +194,7 @@ def uncertainty(rewards: Array, distinct: Array, key: Array) -> Duel:
     Returns:
       Duel, [B].
     """
-    return _best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
+    return best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
 
 
 def max_margin(rewards: Array, distinct: Array, key: Array) -> Duel:
@@ -182,7 +209,7 @@ def max_margin(rewards: Array, distinct: Array, key: Array) -> Duel:
       Duel, [B]; the first is the better one under the drawn head.
     """
     reward = _random_head(rewards, key)
-    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+    return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
 def best_against_worst(rewards: Array, distinct: Array, key: Array) -> Duel:
@@ -197,7 +224,7 @@ def best_against_worst(rewards: Array, distinct: Array, key: Array) -> Duel:
       Duel, [B]; the first is the better one under the mean.
     """
     reward = rewards.mean(0)
-    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+    return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
 RULES: Mapping[str, DuelRule] = {
@@ -211,6 +238,17 @@ RULES: Mapping[str, DuelRule] = {
     "bai_ts_logits": bai_ts_logits,
     "bai_ts_oat": bai_ts_oat,
 }
+
+
+def build(name: str) -> DuelRule:
+    """Returns a duel rule, jitted: one of RULES, or my_module:my_rule.
+
+    Raises:
+      ValueError: there is no such rule, or it asks for what no rule can see.
+    """
+    rule = RULES[name] if name in RULES else user_function(name, "exploration.rule")
+    seen_by(rule, f"exploration.rule={name}")
+    return jax.jit(rule)
 
 
 def best_of_n(rewards: Array) -> Array:

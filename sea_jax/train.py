@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax import ensemble, evaluation, learner, report, wiring
+from sea_jax import ensemble, evaluation, learner, report, sampling, wiring
 from sea_jax.actors.responder import resumable
 from sea_jax.data.prompts import training_batches
 from sea_jax.models.mesh import make_mesh
@@ -22,6 +21,7 @@ from sea_jax.policy import check_fingerprint
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
 from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
+from sea_jax.sequence_logprobs import under_policy_and_reference
 from sea_jax.workdir import check_workdir, claim, open_ledger, own_directory
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
@@ -55,7 +55,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
       workdir: where everything is written.
     """
     # ----------------------------------------------------------------------------------------- Work directory, rule and loss
-    rule, loss = wiring.rule(config.exploration.rule), wiring.loss(config.loss)
+    fill, loss = wiring.method(config), wiring.loss(config.loss)
     check_workdir(workdir, config)
     begin = time.perf_counter()
     root = jax.random.key(config.seed)
@@ -80,15 +80,18 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
     ):
-        agent = sea.Agent(
+        passive = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
             texts=wiring.texts(policy.tokenizer),
             features=parts.features,
-            rule=rule,
+            logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
+            rule=sampling.passive,
+            assign=sea.all_to_oracle,
             oracle=wiring.oracle(config.oracle, parts.preference),
             ledger=ledger,
             learn_rewards=jax.jit(functools.partial(ensemble.update, config=ensemble_config)),
+            lessons=sea.labelled_duels,
             learn_policy=lambda state, pairs: learner.update(
                 state,
                 policy.frozen,
@@ -98,9 +101,10 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                 config=policy.config,
                 learner_config=learner_config,
             ),
-            exploration=sea.ExplorationConfig(max_queries=config.max_queries, **exploration_fields(config)),
+            max_queries=config.max_queries,
             standardise=config.erm.standardise,
         )
+        agent = fill(passive, policy)
 
         # ---------------------------------------------------------------------------------------------------------- Resume
         restored = None
@@ -150,7 +154,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
             idle_steps, stopping, save_due = 0, False, False
             while state.queries < config.max_queries and not stopping:
                 queries_before, start = state.queries, time.perf_counter()
-                state, row = sea.step(agent, state, jax.random.fold_in(root, state.step + 1))
+                state, row = sea.step(agent, state, sea.step_key(root, state.step))
                 row |= {"misc/step_time": time.perf_counter() - start} | counters(state)
                 metrics.check_finite(row, state.step, last_checkpoint(checkpoints))
                 done = state.queries >= config.max_queries
@@ -166,6 +170,11 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                     save_due = False
                 idle_steps = 0 if row["explorer/pairs"] else idle_steps + 1
                 if idle_steps == MAX_IDLE_STEPS:
+                    if row["explorer/unanswered"]:
+                        raise ValueError(
+                            f"no answer in {MAX_IDLE_STEPS} steps up to step {state.step}: the oracle was asked and said "
+                            "nothing. Nothing was counted; see what keeps it, and start the same command again"
+                        )
                     raise ValueError(
                         f"no pair in {MAX_IDLE_STEPS} steps up to step {state.step}: the candidates of every prompt are the "
                         "same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
@@ -184,11 +193,6 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
 
 
 MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
-
-
-def exploration_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the fields of `exploration` but the rule's name."""
-    return {name: value for name, value in config.exploration.items() if name != "rule"}
 
 
 def policy_steps(config: ml_collections.ConfigDict) -> int:

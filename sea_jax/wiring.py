@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,20 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sea_jax import agent as sea
-from sea_jax import ensemble, evaluation, features, learner, losses, sampling
+from sea_jax import ensemble, evaluation, features, learner, losses
 from sea_jax.actors.bridge import bridge
 from sea_jax.actors.generation import SamplingConfig
 from sea_jax.actors.in_process import at_once, in_process
 from sea_jax.actors.journal import Journal
 from sea_jax.actors.responder import EngineResponder
+from sea_jax.agent import FillSlots, State, named_keys, step_key
+from sea_jax.config import RunSettings
 from sea_jax.data.prompts import Batch, Record, Rendered, evaluation_batches, load_records, render_all
 from sea_jax.ensemble import Ensemble, EnsembleConfig
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.learner import LearnerConfig
+from sea_jax.methods.online import online
+from sea_jax.methods.sea import sea
 from sea_jax.models import decoder, partition, reward
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import Config, ModelConfig
@@ -39,7 +42,6 @@ from sea_jax.settings import addresses, naming, user_function
 from sea_jax.types import (
     Array,
     Candidates,
-    DuelRule,
     Generate,
     Oracle,
     PairLogps,
@@ -256,16 +258,20 @@ def oracle(config: ml_collections.ConfigDict, taste: Preference) -> Oracle:
     return preferences.flipped(labeller, config.flip_probability) if config.flip_probability else labeller
 
 
-def rule(name: str) -> DuelRule:
-    """Returns a duel rule, jitted.
+METHODS: Mapping[str, Callable[[RunSettings], FillSlots]] = {"sea": sea, "online": online}
 
-    Args:
-      name: one of sampling.RULES, or my_module:my_rule.
 
-    Returns:
-      DuelRule.
+def method(settings: RunSettings) -> FillSlots:
+    """Returns how the slots of an agent are filled.
+
+    Raises:
+      ValueError: there is no such method, or it cannot take a setting; nothing has been loaded then.
     """
-    return jax.jit(sampling.RULES[name] if name in sampling.RULES else user_function(name, "exploration.rule"))
+    name = settings.method
+    if name not in METHODS and name.count(":") != 1:
+        raise ValueError(f"config.method={name!r}: must be one of {', '.join(METHODS)}, or my_module:my_method")
+    build = METHODS[name] if name in METHODS else user_function(name, "method")
+    return build(settings)
 
 
 def loss(config: ml_collections.ConfigDict) -> Callable[[PairLogps], Any]:
@@ -473,7 +479,7 @@ def replay_capacity(config: ml_collections.ConfigDict) -> int:
     return max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
 
 
-def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps: int) -> sea.State:
+def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps: int) -> State:
     """Returns the state of a run before its first step.
 
     Args:
@@ -486,7 +492,7 @@ def initial_state(config: ml_collections.ConfigDict, loaded: Parts, total_steps:
     """
     model, initial = loaded.policy.config, loaded.policy.initial
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return sea.State(
+    return State(
         learner=learner.init(
             partition.put(initial, decoder.specs(model, initial)),
             learner_config(config.learner, config.policy.dtype, total_steps),
@@ -570,7 +576,7 @@ def responder(
 
     def following(number: int) -> tuple[Prompts, Array]:
         batch = batches(number)  # without planning, batch i is that of step i
-        key = sea.generation_key(jax.random.fold_in(jax.random.key(config.seed), number + 1))
+        key = named_keys(step_key(jax.random.key(config.seed), number))["generate"]
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), key
 
     journal = Journal(directory, config.checkpoint.keep)
@@ -625,4 +631,5 @@ def heldout_evaluation(
         greedy=greedy,
         best_of_n=chosen,
         initial=greedy(loaded.policy.reference, version=0),
+        swapped=preferences.drawn_order(jax.random.split(jax.random.key(config.seed), len(loaded.heldout_prompts))),
     )

@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RULE = """
 train sft evaluate memory fit
 wiring
-report
+methods report
 workdir history
 config
 agent evaluation
-ensemble features oracles actors
+ensemble features sequence_logprobs oracles actors
 data replay learner policy
 models sampling losses
 runtime

@@ -1,7 +1,7 @@
 """Several processes, one run: all compute, the first alone asks and writes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -136,10 +136,10 @@ def by_first(task: Callable[[], Answer], otherwise: Answer, what: str) -> Answer
 
 
 def asked_by_first(preference: Preference) -> Preference:
-    """Lets the first process ask, once, and tells the others the answer.
+    """Lets the first process ask, once, and tells the others each answer as it comes.
 
     Args:
-      preference: answers with N float64.
+      preference: Preference.
 
     Returns:
       A preference that every process must call, with the same arguments.
@@ -148,12 +148,20 @@ def asked_by_first(preference: Preference) -> Preference:
         return preference
 
     @functools.wraps(preference)  # whoever asks looks for the parameters of the preference's own
-    def ask(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any) -> np.ndarray:
-        answer = by_first(
-            lambda: np.asarray(preference(prompts, first, second, **names), np.float64),
-            np.zeros(len(prompts)),
-            "the oracle",
-        )
+    def ask(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any) -> Any:
+        said = by_first(lambda: preference(prompts, first, second, **names), None, "the oracle")
+        if of_first(isinstance(said, Iterator)):
+            return one_by_one(said)
+        answer = by_first(lambda: np.asarray(said, np.float64), np.zeros(0), "the oracle")
         return np.frombuffer(bytes_of_first(answer.tobytes()))  # JAX would round float64 to float32
+
+    def one_by_one(said: Any) -> Iterator[tuple[int, float]]:
+        while True:
+            answer = by_first(lambda: next(said, None), None, "the oracle")
+            told = bytes_of_first(b"" if answer is None else np.asarray(answer, np.float64).tobytes())
+            if not told:
+                return
+            row, probability = np.frombuffer(told)
+            yield int(row), float(probability)
 
     return ask

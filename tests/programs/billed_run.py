@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 def tell_phases(told: Path) -> None:
     """Writes what the agent is about to do to a file, whenever that changes."""
-    timed, number = agent._timed, 0
+    timed, number = agent.timed, 0
 
     @contextlib.contextmanager
     def telling(metrics: agent.Metrics, name: str) -> Iterator[None]:
@@ -57,7 +57,7 @@ def tell_phases(told: Path) -> None:
             yield
         told.write_text(f"{number} between steps .")
 
-    agent._timed = telling
+    agent.timed = telling
 
 
 if __name__ == "__main__":
