@@ -303,9 +303,11 @@ def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = ""
     metrics: Metrics = {}
     with timed(metrics, "actor/generate_time"):
         proposal, state = propose(agent, state, keys, metrics)  # lines 3 and 4
-        duel = agent.rule(proposal.rewards, proposal.distinct, keys["duel"], **_seen(proposal, agent.rule))  # 5 to 7
+        duel = agent.rule(
+            proposal.rewards, proposal.distinct, keys["duel"], **_pick_seen(proposal, agent.rule)
+        )  # 5 to 7
     with timed(metrics, "actor/oracle_time"):
-        assignment = _bounded(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
+        assignment = _apply_limits(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
         duel = assignment.duel
         labels, labelled, answered = _label(agent, state, proposal, assignment, keys["oracle"], suffix)
     reward_model, replay = state.ensemble, state.replay
@@ -358,14 +360,14 @@ def propose(agent: Agent, state: State, keys: Mapping[str, Array], metrics: Metr
         rewards=ensemble.rewards(state.ensemble, candidates.features),
         seen={},
     )
-    proposal = replace(proposal, seen=_look(agent, state, proposal))
+    proposal = replace(proposal, seen=_compute_seen(agent, state, proposal))
     if agent.select is not None:
-        rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_seen(proposal, agent.select))
+        rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_pick_seen(proposal, agent.select))
         proposal = proposal.rows(rows)
     return proposal, state
 
 
-def _look(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
+def _compute_seen(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
     """What the agent's rules ask for; log-probs cost a pass through the policy and are taken for nobody else."""
     names = {name for rule in (agent.rule, agent.select) if rule for name in sampling.seen_by(rule, "exploration.rule")}
     seen: dict[str, Array] = {"lengths": proposal.candidates.lengths, "features": proposal.candidates.features}
@@ -375,12 +377,12 @@ def _look(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
     return {name: value for name, value in seen.items() if name in names}
 
 
-def _seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]:
+def _pick_seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]:
     """What this rule asks for of what was seen."""
     return {name: proposal.seen[name] for name in sampling.seen_by(rule, "exploration.rule")}
 
 
-def _bounded(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
+def _apply_limits(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
     """Nobody is asked about twins, whatever a rule returns, nor beyond the budget."""
     duel = assignment.duel
     differ = proposal.distinct[jnp.arange(duel.first.shape[0]), duel.first, duel.second]

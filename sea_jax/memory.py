@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sea_jax import config as configuration
-from sea_jax import ensemble, features, learner, losses, policy_logprobs, wiring
+from sea_jax import ensemble, features, learner, losses, policy_logprobs, preflight, wiring
 from sea_jax.actors import generation
 from sea_jax.actors.responder import COMPARED
 from sea_jax.config import RunSettings
@@ -216,7 +216,7 @@ def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]
     """
     with naming("policy.source", config.policy.source):
         model = check_language_model(describe(config.policy.source))
-    wiring.check_mesh(config, mesh, model, describe)
+    preflight.check_mesh(config, mesh, model, describe)
     platform = mesh.devices.flat[0].platform
     cut = divide_layers(model, config.policy.train_last_layers, config.erm.feature_layer)
     frozen_specs, trained_specs = decoder.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)

@@ -1,8 +1,8 @@
 """From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +14,22 @@ from sea_jax import ensemble, evaluation, features, learner
 from sea_jax.actors import generation
 from sea_jax.actors.bridge import bridge, connect
 from sea_jax.actors.generation import GenerationConfig
-from sea_jax.actors.in_process import at_once, in_process
-from sea_jax.actors.journal import Journal
-from sea_jax.actors.responder import EngineResponder
+from sea_jax.actors.in_process import in_process
+from sea_jax.actors.responder import Responder, open_responder
 from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
-from sea_jax.data.prompts import Batch, Record, Rendered, evaluation_batches, load_prompts, load_records
+from sea_jax.data.prompts import Batch, Rendered, evaluation_batches, load_prompts
 from sea_jax.ensemble import Ensemble
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.methods.online import online
 from sea_jax.methods.sea import sea
-from sea_jax.models import decoder, partition, reward
-from sea_jax.models.checkpoints import hf
-from sea_jax.models.config import Config, ModelConfig
-from sea_jax.models.mesh import check_divides
+from sea_jax.models import decoder, partition
 from sea_jax.oracles import oracle, preferences
 from sea_jax.policy import Policy, load_policy
 from sea_jax.policy_logprobs import under_policy
+from sea_jax.preflight import check_mesh, read_sources
 from sea_jax.replay import empty_replay
-from sea_jax.runtime import cache
-from sea_jax.settings import naming, user_function
+from sea_jax.settings import user_function
 from sea_jax.types import (
     Array,
     Generate,
@@ -41,7 +37,6 @@ from sea_jax.types import (
     PolicyServers,
     Preference,
     Prompts,
-    Respond,
 )
 
 METHODS: Mapping[str, Callable[[RunSettings], FillSlots]] = {"sea": sea, "online": online}
@@ -107,12 +102,9 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True) -> Parts:
     """Loads what a run works with.
 
     Args:
-      config: a whole configuration.
+      config: RunSettings.
       mesh: the one that is set.
       training: False: no policy step will be taken.
-
-    Returns:
-      Parts.
 
     Raises:
       ValueError: a field or file does not fit.
@@ -142,86 +134,8 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True) -> Parts:
     )
 
 
-def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
-    """Reads the prompts and fetches the models of a run, or says of all that cannot be had at once.
-
-    Args:
-      config: a whole configuration.
-
-    Returns:
-      (training records, held-out records).
-
-    Raises:
-      ValueError: one line per model or data set that is not there or cannot be read.
-    """
-    sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
-    if config.oracle.kind in ("reward_model", "remote"):
-        sources["oracle.reward_model"] = config.oracle.reward_model
-    faults = []
-    for field, source in sources.items():
-        try:
-            if field == "oracle.reward_model" and config.oracle.kind == "remote":
-                hf.locate(source, weights=False)
-            elif source and not source.startswith(cache.PREFIX):
-                hf.read_config(source)
-        except (OSError, ValueError) as error:
-            remedy = (
-                f"; a copy of your own is named with --config.{field}=DIRECTORY" if isinstance(error, OSError) else ""
-            )
-            faults.append(f"config.{field}={source}: {error}{remedy}")
-    try:
-        records = load_records(config.data)
-    except OSError as error:
-        faults.append(
-            f"config.data.path={config.data.path}: {error}; a copy of your own is named with --config.data.path=PATH"
-        )
-    if faults:
-        raise ValueError("\n".join(faults))
-    return records
-
-
-def check_mesh(
-    config: RunSettings,
-    mesh: Mesh,
-    model: ModelConfig,
-    describe: Callable[[str], Config] = hf.read_config,
-    training: bool = True,
-) -> None:
-    """Refuses a mesh that does not divide the batches or the models.
-
-    Args:
-      config: a whole configuration.
-      mesh: the one that is set.
-      model: the policy's configuration.
-      describe: source of another model -> its configuration.
-      training: False: no policy step is taken.
-
-    Raises:
-      ValueError: one line per size that is not divided.
-    """
-    batch_sizes = {
-        "data.batch_size": config.data.batch_size,
-        "eval.batch_size": config.eval.batch_size,
-        "sampling.batch_size": config.sampling.batch_size,
-    }
-    models = {"policy.source": model}
-    if training:
-        batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
-    if config.erm.trunk:
-        batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
-    if config.oracle.kind == "reward_model":
-        batch_sizes["oracle.batch_size"] = config.oracle.batch_size
-        with naming("oracle.reward_model", config.oracle.reward_model):
-            models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
-    check_divides(mesh, batch_sizes, models)
-
-
 def replay_capacity(config: RunSettings) -> int:
-    """Returns how many duels the replay holds: never more than the run pays for, and always a batch.
-
-    Args:
-      config: a whole configuration.
-    """
+    """Returns how many duels the replay holds: never more than the run pays for, and always a batch."""
     return max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
 
 
@@ -229,12 +143,9 @@ def initial_state(config: RunSettings, loaded: Parts, total_steps: int) -> State
     """Returns the state of a run before its first step.
 
     Args:
-      config: a whole configuration.
+      config: RunSettings.
       loaded: Parts.
       total_steps: policy steps of the schedule.
-
-    Returns:
-      State.
     """
     model, initial = loaded.policy.config, loaded.policy.initial
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -251,60 +162,32 @@ def initial_state(config: RunSettings, loaded: Parts, total_steps: int) -> State
     )
 
 
-@dataclass(frozen=True)
-class Responder:
-    """Who answers the batches of prompts.
-
-    Attributes:
-      respond: answers one.
-      settle: returns when nothing is on its way any more; before a checkpoint is saved.
-      checkpointed: told how many batches were used when a checkpoint is saved.
-    """
-
-    respond: Respond
-    settle: Callable[[], None]
-    checkpointed: Callable[[int], None]
-
-
-@contextmanager
 def responder(
     config: RunSettings, loaded: Parts, batches: Callable[[int], Batch], directory: Path
-) -> Iterator[Responder]:
+) -> AbstractContextManager[Responder]:
     """Opens the way from prompts to candidates.
 
     Args:
-      config: a whole configuration.
+      config: RunSettings.
       loaded: Parts.
       batches: batch number -> a batch of training prompts.
       directory: where the responses of an engine are kept until a checkpoint has passed them.
-
-    Yields:
-      Responder.
     """
-    generate = loaded.generate(loaded.sampling, config.sampling.batch_size)
-    if config.actor.kind == "in_process":
-        yield Responder(at_once(generate), lambda: None, lambda batches: None)
-        return
-    if config.actor.lag and jax.process_count() > 1:
-        raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
-    policy = loaded.policy
 
     def following(number: int) -> tuple[Prompts, Array]:
         batch = batches(number)  # without planning, batch i is that of step i
         key = named_keys(step_key(jax.random.key(config.seed), number))["generate"]
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), key
 
-    journal = Journal(directory, config.checkpoint.keep)
-    with EngineResponder(
-        generate,
-        under_policy(policy, config.policy.dtype),
-        journal,
-        max_logprob_gap=config.actor.max_logprob_gap,
-        initial=policy.reference,
-        sync_every=config.actor.sync_every,
-        next_batch=following if config.actor.lag else None,
-    ) as answers:
-        yield Responder(answers, answers.settle, journal.checkpointed)
+    return open_responder(
+        config.actor,
+        loaded.generate(loaded.sampling, config.sampling.batch_size),
+        logprobs=under_policy(loaded.policy, config.policy.dtype),
+        initial=loaded.policy.reference,
+        next_batch=following,
+        directory=directory,
+        checkpoints_kept=config.checkpoint.keep,
+    )
 
 
 def heldout_evaluation(
@@ -316,13 +199,10 @@ def heldout_evaluation(
     """Returns how a policy is evaluated; the initial policy's responses are written on the way.
 
     Args:
-      config: a whole configuration.
+      config: RunSettings.
       loaded: Parts.
       best_of_n: responses to choose from where the ERM chooses; 0: it never will.
       watched: put around whoever writes the responses, to see how far he is.
-
-    Returns:
-      Evaluation.
     """
     padding, decode = loaded.padding(config.data.bucket), generation.texts_of(loaded.policy.tokenizer)
     how = functools.partial(

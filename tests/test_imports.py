@@ -16,7 +16,7 @@ RULE = """
 train sft evaluate memory fit
 wiring
 methods report
-workdir history
+preflight workdir history
 config
 agent evaluation
 ensemble features policy_logprobs oracles actors
