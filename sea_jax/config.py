@@ -223,14 +223,14 @@ def to_json(whole: RunSettings | SftSettings) -> str:
 
 
 def from_json(saved: Mapping[str, Any], where: str) -> RunSettings:
-    """Returns the settings that a run left, also those of an older version.
+    """Returns the settings that a run left, also those of an older version; whether they can work here is not looked at.
 
     Args:
       saved: from its config.json; a field that is newer than that takes the value that there was then.
       where: the file, for messages.
 
     Raises:
-      ValueError: a field is not one of this version, or its value cannot work.
+      ValueError: a field is not one of this version, or its value is of another kind.
     """
     fresh = RunSettings()
     known = {name: field for name, field, _ in settings.walk(fresh)}
@@ -249,7 +249,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> RunSettings:
             config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: config.{name}={value!r}: {error}") from error
-    return resolve(config)
+    return _built(RunSettings, config.to_dict())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -279,11 +279,11 @@ def differences(now: RunSettings, then: RunSettings) -> list[str]:
       One line per field that differs; empty if none does.
     """
     values = {name: value for name, _, value in settings.walk(then)}
-    return [
+    return sorted(
         f"config.{name}: {values[name]!r} in the work directory, {value!r} now"
         for name, _, value in settings.walk(now)
         if name not in MAY_DIFFER and value != values[name]
-    ]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- What there is

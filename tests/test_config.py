@@ -321,8 +321,8 @@ def test_differences(config):
     assert configuration.differences(then, then) == []
     config.learner.learning_rate, config.loss.beta = 1e-5, 0.5
     assert configuration.differences(configuration.resolve(config), then) == [
-        "config.loss.beta: None in the work directory, 0.5 now",
         "config.learner.learning_rate: 5e-07 in the work directory, 1e-05 now",
+        "config.loss.beta: None in the work directory, 0.5 now",
     ]
     config.actor.urls, config.oracle.retries = "http://127.0.0.1:8000", 3  # servers may move while a run stands still
     assert len(configuration.differences(configuration.resolve(config), then)) == 2

@@ -15,6 +15,7 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import agent, train
+from sea_jax import config as configuration
 from sea_jax.models.checkpoints import builtin
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.runtime import cache, metrics
@@ -215,13 +216,13 @@ def a_file(directory: Path) -> dict[str, Any]:
 
 
 def another_run(directory: Path) -> dict[str, Any]:
-    config = configured(seed=7)
+    config = configuration.resolve(configured(seed=7))
     claim(directory / "run", config, fingerprint="0" * 16)
     return {"loss__beta": 0.3}
 
 
 def another_policy(directory: Path) -> dict[str, Any]:
-    claim(directory / "run", configured(), fingerprint="0" * 16)
+    claim(directory / "run", configuration.resolve(configured()), fingerprint="0" * 16)
     return {}
 
 
