@@ -119,25 +119,29 @@ def test_the_pages_own_loss_rule_method_and_oracle_run(tmp_path: Path, monkeypat
 
     assert shapes == [(2, 4, 4)]  # the rule, traced once, for half of four prompts
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[1]["train/loss"] == 1  # (1 - beta 0)^2, where DPO's is log 2
+    first = next(row for row in rows[1:] if row["explorer/pairs"])
+    assert first["train/loss"] == 1  # (1 - beta 0)^2, where DPO's is log 2
     with Ledger(tmp_path / "run" / "queries.jsonl", writes=False) as ledger:
         paid = list(ledger.lines())
-        assert len(paid) == 6
-        for line in paid:
-            words = [len(line[name].split()) for name in ("first", "second")]
-            assert line["label"] == float(words[0] < words[1])
-            assert words[0] != words[1]
-        assert set(user_function("my_oracles:fewer_words", "oracle.kind").__globals__["PAID"]) == {
-            f"{ledger.run_id}/{line['key']}" for line in paid
-        }
+    assert len(paid) == 6
+    for line in paid:
+        assert len(line["first"]) != len(line["second"])
+        assert line["label"] == (len(line["first"]) < len(line["second"]))
+    run_id, kept = (
+        (tmp_path / "run" / "run_id").read_text(),
+        user_function("my_oracles:shorter", "oracle.kind").__globals__,
+    )
+    assert kept["PAID"].keys() == {f"{run_id}/{line['key']}" for line in paid}
 
 
 @pytest.mark.usefixtures("_mine")
-def test_the_pages_own_method_refuses_what_it_cannot_take() -> None:
+def test_the_pages_own_method_refuses_what_it_cannot_take(tmp_path: Path) -> None:
     settings = tiny_random.get_config()
-    settings.method, settings.data.batch_size = "my_methods:half_of_the_prompts", 3
+    settings.method = "my_methods:half_of_the_prompts"
+    settings.data.batch_size, settings.learner.microbatch_size = 3, 1
     with pytest.raises(ValueError, match=r"config\.data\.batch_size=3: must be even"):
-        user_function(settings.method, "method")(settings)
+        train.train(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("_mine")
