@@ -22,6 +22,7 @@ from sea_jax.oracles.labelling import Question, label
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import Policy
 from sea_jax.replay import Replay, add_pairs
+from sea_jax.settings import NOT_NEGATIVE, one_of, one_of_or_user, setting
 from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, Params, PreferenceBatch, Prompts, Respond
 
 Metrics = dict[str, float]
@@ -29,28 +30,39 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class ExplorationSettings:
-    """Which pairs are labelled by whom.
+    """Which pairs are labelled by whom."""
 
-    Attributes:
-      rule: duel rule.
-      gamma: probability that a duel goes to the oracle; else the ERM labels a pair.
-      burn_in_queries: gamma is 1 until so many labels are paid for.
-      erm_share: who is left to the ERM: "drawn" (each prompt with probability 1 - gamma) or "fixed" (always
-        floor((1 - gamma) B) random prompts of a batch, the authors' code).
-      erm_pair: what the ERM labels: "duel" (the duel's own pair) or "max_margin" (a random head's best and worst).
-      erm_label: how: "head" (a random head's choice) or "mean" (the mean over heads of P(first wins)).
-      planning_steps: extra policy steps per oracle step, on fresh prompts with ERM-labelled pairs (Dyna).
-      planning_after_queries: no planning before so many labels are paid for.
-    """
-
-    rule: str
-    gamma: float
-    burn_in_queries: int
-    erm_share: str
-    erm_pair: str
-    erm_label: str
-    planning_steps: int
-    planning_after_queries: int
+    rule: str = setting(
+        "bai_ts",
+        "duel rule by name, those named _oat as in the authors' code; or my_module:my_rule",
+        one_of_or_user(sampling.RULES),
+    )
+    gamma: float = setting(
+        0.7,
+        "probability that the oracle labels a duel; else the ERM labels a pair",
+        (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
+        source="authors' code; mixture ratio of Eq. 9",
+    )
+    burn_in_queries: int = setting(1000, "gamma is 1 until so many queries are paid for", NOT_NEGATIVE, unit="queries")
+    erm_share: str = setting(
+        "drawn",
+        'who is left to the ERM: "drawn", each prompt with probability 1 - gamma (paper), or "fixed", always '
+        "floor((1 - gamma) B) random prompts of a batch (authors' code)",
+        one_of("drawn", "fixed"),
+    )
+    erm_pair: str = setting(
+        "duel",
+        'what the ERM labels: "duel", the rule\'s own pair (paper), or "max_margin", a random head\'s best and worst '
+        "(authors' code)",
+        one_of("duel", "max_margin"),
+    )
+    erm_label: str = setting(
+        "head",
+        'how: "head", a random head\'s choice (paper), or "mean": soft, mean over heads of P(first wins)',
+        one_of("head", "mean"),
+    )
+    planning_steps: int = setting(0, "policy steps on fresh ERM-labelled pairs per oracle step (Dyna)", NOT_NEGATIVE)
+    planning_after_queries: int = setting(128, "no planning before so many queries", NOT_NEGATIVE, unit="queries")
 
 
 @struct.dataclass
@@ -291,9 +303,11 @@ def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = ""
     metrics: Metrics = {}
     with timed(metrics, "actor/generate_time"):
         proposal, state = propose(agent, state, keys, metrics)  # lines 3 and 4
-        duel = agent.rule(proposal.rewards, proposal.distinct, keys["duel"], **_seen(proposal, agent.rule))  # 5 to 7
+        duel = agent.rule(
+            proposal.rewards, proposal.distinct, keys["duel"], **_pick_seen(proposal, agent.rule)
+        )  # 5 to 7
     with timed(metrics, "actor/oracle_time"):
-        assignment = _bounded(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
+        assignment = _apply_limits(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
         duel = assignment.duel
         labels, labelled, answered = _label(agent, state, proposal, assignment, keys["oracle"], suffix)
     reward_model, replay = state.ensemble, state.replay
@@ -346,14 +360,14 @@ def propose(agent: Agent, state: State, keys: Mapping[str, Array], metrics: Metr
         rewards=ensemble.rewards(state.ensemble, candidates.features),
         seen={},
     )
-    proposal = replace(proposal, seen=_look(agent, state, proposal))
+    proposal = replace(proposal, seen=_compute_seen(agent, state, proposal))
     if agent.select is not None:
-        rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_seen(proposal, agent.select))
+        rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_pick_seen(proposal, agent.select))
         proposal = proposal.rows(rows)
     return proposal, state
 
 
-def _look(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
+def _compute_seen(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
     """What the agent's rules ask for; log-probs cost a pass through the policy and are taken for nobody else."""
     names = {name for rule in (agent.rule, agent.select) if rule for name in sampling.seen_by(rule, "exploration.rule")}
     seen: dict[str, Array] = {"lengths": proposal.candidates.lengths, "features": proposal.candidates.features}
@@ -363,12 +377,12 @@ def _look(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
     return {name: value for name, value in seen.items() if name in names}
 
 
-def _seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]:
+def _pick_seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]:
     """What this rule asks for of what was seen."""
     return {name: proposal.seen[name] for name in sampling.seen_by(rule, "exploration.rule")}
 
 
-def _bounded(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
+def _apply_limits(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
     """Nobody is asked about twins, whatever a rule returns, nor beyond the budget."""
     duel = assignment.duel
     differ = proposal.distinct[jnp.arange(duel.first.shape[0]), duel.first, duel.second]

@@ -12,11 +12,25 @@ from sea_jax.data.prompts import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
 from sea_jax.oracles.preferences import answers
+from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
 from sea_jax.statistics import Interval, win_rate
 from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
 Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """When and on what the policy is measured."""
+
+    every_queries: int = setting(1000, "between evaluations", AT_LEAST_1, unit="queries")
+    num_prompts: int = setting(1000, "held-out prompts", AT_LEAST_1, source="paper, App. F")
+    batch_size: int = setting(128, "prompts generated for at a time", AT_LEAST_1)
+    max_new_tokens: int = setting(53, "of a response", AT_LEAST_1, unit="tokens")
+    against_references: bool = setting(False, "also against the data set's own responses")
+    best_of_n: int = setting(0, "at the end: best of n under the ERM; 0: not", NOT_NEGATIVE)
+    best_of_n_prompts: int = setting(64, "held-out prompts for it", AT_LEAST_1)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ probability that the first response wins, so that a new loss needs no case of it
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sea_jax.settings import one_of_or_user, setting, user_function
 from sea_jax.types import Array, Loss, PairLogps
 
 
@@ -88,6 +91,34 @@ def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3)
 
 LABELS = "labels"  # the parameter of a loss that takes labels itself
 LOSSES: Mapping[str, Loss] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the policy minimises."""
+
+    name: str = setting("dpo", "direct optimizer by name, or my_module:my_loss", one_of_or_user(LOSSES))
+    beta: float | None = setting(
+        None,
+        "None: the loss's own default",
+        (lambda v: v is None or 0 < v < math.inf, "a finite number above 0, or None for the loss's own default"),
+    )
+    gamma_over_beta: float | None = setting(
+        None,
+        "SimPO's target margin in units of beta; None: its default",
+        (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
+    )
+    length_averaged: bool | None = setting(None, "IPO on length-averaged log-ratios (authors' code)")
+
+
+def build(settings: LossSettings) -> Callable[[PairLogps], Array]:
+    """Returns the direct optimizer with its hyper-parameters bound.
+
+    Raises:
+      ValueError: there is no such loss, or a hyper-parameter is given that it does not take.
+    """
+    loss = LOSSES[settings.name] if settings.name in LOSSES else user_function(settings.name, "loss.name")
+    return bind(loss, {name: value for name, value in vars(settings).items() if name != "name"})
 
 
 def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Array]:

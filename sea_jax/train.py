@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,15 +14,18 @@ from jax.sharding import Mesh
 
 from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax import ensemble, evaluation, learner, report, sampling, wiring
+from sea_jax import ensemble, evaluation, learner, losses, report, sampling, wiring
+from sea_jax.actors.generation import texts_of
 from sea_jax.actors.responder import resumable
+from sea_jax.config import RunSettings
 from sea_jax.data.prompts import training_batches
 from sea_jax.models.mesh import make_mesh
+from sea_jax.oracles import oracle
 from sea_jax.policy import check_fingerprint
+from sea_jax.policy_logprobs import under_policy_and_reference
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
 from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
-from sea_jax.sequence_logprobs import under_policy_and_reference
 from sea_jax.workdir import check_workdir, claim, open_ledger, own_directory
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
@@ -31,31 +35,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs SEA until the budget of queries is spent, or goes on where the work directory stopped.
 
     Args:
-      config: a configuration that `config.validate` accepts.
+      config: what a configuration file returns.
       workdir: where everything is written.
 
     Raises:
       ValueError: a field, a file or the work directory does not fit; nothing has been spent then.
       NotFiniteError: a metric is not finite.
     """
-    configuration.validate(config)
-    mesh = make_mesh(config.mesh)
-    config = config.copy_and_resolve_references()
-    config.mesh = tuple(mesh.shape.values())  # what -1 stood for, so that a run goes on where it fits
+    settings = configuration.resolve(config)
+    mesh = make_mesh(settings.mesh)
+    data, fsdp, tensor = mesh.shape.values()
+    settings = replace(settings, mesh=(data, fsdp, tensor))  # what -1 stood for, so that a run goes on where it fits
     with jax.set_mesh(mesh):
-        train_on(mesh, config, workdir)
+        train_on(mesh, settings, workdir)
 
 
-def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> None:
+def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
     """Runs SEA on a mesh that is set; everything else as in `train`.
 
     Args:
       mesh: the mesh.
-      config: a configuration that `config.validate` accepts.
+      config: this run's settings.
       workdir: where everything is written.
     """
     # ----------------------------------------------------------------------------------------- Work directory, rule and loss
-    fill, loss = wiring.method(config), wiring.loss(config.loss)
+    fill, loss = wiring.method(config), losses.build(config.loss)
     check_workdir(workdir, config)
     begin = time.perf_counter()
     root = jax.random.key(config.seed)
@@ -64,8 +68,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
     parts = wiring.parts(config, mesh)
     policy = parts.policy
     total_steps = policy_steps(config)
-    learner_config = wiring.learner_config(config.learner, config.policy.dtype, total_steps)
-    ensemble_config = wiring.ensemble_config(config.erm)
+    learner_config = learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype)
     batch_size = config.data.batch_size
     batches = training_batches(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
@@ -83,14 +86,14 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         passive = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
-            texts=wiring.texts(policy.tokenizer),
+            texts=texts_of(policy.tokenizer),
             features=parts.features,
             logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
             rule=sampling.passive,
             assign=sea.all_to_oracle,
-            oracle=wiring.oracle(config.oracle, parts.preference),
+            oracle=oracle.oracle(config.oracle, parts.preference),
             ledger=ledger,
-            learn_rewards=jax.jit(functools.partial(ensemble.update, config=ensemble_config)),
+            learn_rewards=jax.jit(functools.partial(ensemble.update, config=config.erm)),
             lessons=sea.labelled_duels,
             learn_policy=lambda state, pairs: learner.update(
                 state,
@@ -195,7 +198,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
 MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
 
 
-def policy_steps(config: ml_collections.ConfigDict) -> int:
+def policy_steps(config: RunSettings) -> int:
     """Returns how many policy steps the budget will take, for the learning rate's schedule.
 
     Args:
@@ -233,6 +236,9 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Reads the flags and trains."""
+    if console.HELP_CONFIG.value:
+        print(configuration.table(configuration.unchecked(console.CONFIG.value)))
+        return
     config = console.CONFIG.value
     cache.keep_compiled_programs()
     console.prepare_devices()

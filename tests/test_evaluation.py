@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sea_jax import ensemble, evaluation
-from sea_jax.ensemble import EnsembleConfig
+from sea_jax.ensemble import EnsembleSettings
 from sea_jax.oracles import preferences
 from sea_jax.types import Array, Candidates, Params, Prompts
 
@@ -91,7 +91,7 @@ def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
 
 
 def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
-    reward_model = ensemble.init(EnsembleConfig(num_heads=3, hidden_size=4), 1, jax.random.key(0))
+    reward_model = ensemble.init(EnsembleSettings(num_heads=3, hidden_size=4), 1, jax.random.key(0))
     rewards = np.asarray(ensemble.rewards(reward_model, jnp.arange(10.0, 40.0)[None, :, None]).mean(0))[0]
     responses = evaluation.best_of_n(
         numbered,

@@ -1,5 +1,6 @@
 """The TL;DR configurations: the paper's numbers in one, the authors' code's departures in the other, and what they mean."""
 
+import dataclasses
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 
 from configs import tldr, tldr_oat
 from sea_jax import config as configuration
-from sea_jax import sampling, wiring
+from sea_jax import sampling
 from sea_jax.agent import ExplorationSettings, named_keys
-from sea_jax.ensemble import EnsembleConfig
+from sea_jax.ensemble import EnsembleSettings
 from sea_jax.methods.sea import shared
 
 SIZES = ("1b", "2.8b", "6.9b")
@@ -89,7 +90,7 @@ def fields(module: ModuleType, *size: str) -> dict[str, Any]:
 @pytest.mark.parametrize("module", [tldr, tldr_oat])
 def test_every_size_is_valid_and_names_its_policy_and_that_policys_responses(module: ModuleType, size: str) -> None:
     config = module.get_config(size)
-    configuration.validate(config)
+    configuration.resolve(config)
     assert config.policy.source == f"trl-lib/pythia-{size}-deduped-tldr-sft"
     assert config.data.reference_field == f"pythia-{size}-reference"
 
@@ -119,14 +120,16 @@ def test_the_authors_code_departs_in_these_fields_and_no_others(size: str) -> No
 
 def test_the_departures_reach_the_parts_of_a_run() -> None:
     paper, authors = tldr.get_config(), tldr_oat.get_config()
-    assert wiring.ensemble_config(paper.erm) == EnsembleConfig()
-    assert wiring.ensemble_config(authors.erm) == EnsembleConfig(anchor="mean", nll="mean")
+    heads = [field.name for field in dataclasses.fields(EnsembleSettings)]
+    for config, departures in ((paper, {}), (authors, {"anchor": "mean", "nll": "mean"})):
+        found = {name: getattr(configuration.resolve(config).erm, name) for name in heads}
+        assert found == dataclasses.asdict(EnsembleSettings()) | departures
     departing: dict[str, Any] = {"erm_share": "fixed", "erm_pair": "max_margin", "rule": "bai_ts_oat"}
     assert exploration(authors) == replace(exploration(paper), **departing)
 
 
 def exploration(config: Any) -> ExplorationSettings:
-    return ExplorationSettings(**config.exploration.to_dict())
+    return configuration.resolve(config).exploration
 
 
 def left_to_the_erm(config: ExplorationSettings, num_prompts: int, queries: int, seed: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
         what it has no answer to.
     """
     entries = [question.entry() for question in questions]
-    known = [_known(ledger, entry) for entry in entries]
+    known = [_look_up(ledger, entry) for entry in entries]
     asked = [row for row, question in enumerate(questions) if known[row] is None and question.erm_label is None]
     ready: set[int] = set()  # rows that are labelled and not yet on disk
     for row, question in enumerate(questions):
@@ -99,7 +99,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
             asked_keys,
             [f"{ledger.run_id}/{questions[row].key}" for row in asked],
         )
-        for judgement in _answering(judgements, len(asked), ledger):
+        for judgement in _name_failures(judgements, len(asked), ledger):
             for number, probability, value in zip(*judgement, strict=True):
                 row = asked[number]
                 entries[row] |= {"probability": float(probability), "label": float(value), "counted": True}
@@ -111,7 +111,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
     return [float(np.float32(line["label"])) if line and "label" in line else math.nan for line in known]
 
 
-def _answering(judgements: Iterator[Judgement], count: int, ledger: Ledger) -> Iterator[Judgement]:
+def _name_failures(judgements: Iterator[Judgement], count: int, ledger: Ledger) -> Iterator[Judgement]:
     """The judgements of an oracle as they come; a service that is gone is named, and what becomes of its questions."""
     while True:
         try:
@@ -126,7 +126,7 @@ def _answering(judgements: Iterator[Judgement], count: int, ledger: Ledger) -> I
         yield judgement
 
 
-def _known(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _look_up(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the ledger holds of this pair, if it was labelled, or not answered, before a restart."""
     line = ledger.find(entry["key"]) or ledger.abstained(entry["key"])
     former = line or ledger.asked(entry["key"])

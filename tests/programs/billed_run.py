@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -65,7 +64,6 @@ if __name__ == "__main__":
 
     def main() -> None:
         train.cache.keep_compiled_programs()
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         train.train(console.CONFIG.value, Path(str(console.WORKDIR.value)))
 
     console.run(main)

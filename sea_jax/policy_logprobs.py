@@ -1,4 +1,4 @@
-"""Log-probs of whole responses under the policy and the reference, for the rules that ask for them."""
+"""The learner's own log-probs of responses, whoever wrote them: for rules that ask, and to hold an engine against."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from sea_jax.types import Array, Candidates, Params, Prompts
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
-def sequence_logprobs(
+def token_logprobs(
     frozen: Params,
     trained: tuple[Params, ...],
     prompts: Prompts,
@@ -25,11 +25,21 @@ def sequence_logprobs(
     config: ModelConfig,
     dtype: str,
 ) -> tuple[Array, ...]:
-    """Returns log pi(y | x) of each response, [B, M] float32, under policies that share their frozen part."""
-    token_logprobs = learner.response_logprobs(
+    """Returns the log-prob of each token, [B, m, T] float32, 0 on padding, under policies that share their frozen part."""
+    found = learner.response_logprobs(
         frozen, trained, prompts, tokens, lengths, config=config, remat=False, dtype=dtype
     )
-    return tuple(partition.whole(each.sum(-1)) for each in token_logprobs)
+    return tuple(partition.whole(each) for each in found)
+
+
+def under_policy(policy: Policy, dtype: str) -> Callable[[Params, Prompts, Array, Array], Array]:
+    """Returns trained parameters, Prompts, tokens [B, m, T], lengths [B, m] -> log-probs [B, m, T]."""
+
+    def read(trained: Params, prompts: Prompts, tokens: Array, lengths: Array) -> Array:
+        (own,) = token_logprobs(policy.frozen, (trained,), prompts, tokens, lengths, config=policy.config, dtype=dtype)
+        return own
+
+    return read
 
 
 def under_policy_and_reference(
@@ -43,12 +53,12 @@ def under_policy_and_reference(
       batch_size: prompts whose responses are read at a time, which bounds the memory of their activations; 0: all.
 
     Returns:
-      Trained parameters, Prompts, Candidates -> [B, M] under the policy and [B, M] under the reference.
+      Trained parameters, Prompts, Candidates -> log pi(y | x) [B, M] under the policy, and [B, M] under the reference.
     """
 
     def read(trained: Params, prompts: Prompts, candidates: Candidates) -> tuple[Array, Array]:
         parts = [
-            sequence_logprobs(
+            token_logprobs(
                 policy.frozen,
                 (trained, policy.reference),
                 Prompts(prompts.tokens[rows], prompts.valid[rows]),
@@ -59,7 +69,7 @@ def under_policy_and_reference(
             )
             for rows in batching.portions(len(candidates.tokens), batch_size)
         ]
-        own, reference = (jnp.concatenate(column) for column in zip(*parts, strict=True))
+        own, reference = (jnp.concatenate([each.sum(-1) for each in column]) for column in zip(*parts, strict=True))
         return own, reference
 
     return read
