@@ -81,6 +81,18 @@ def test_lines_that_the_page_would_change_are_there() -> None:
             assert [line for line in kept if line not in there] == []
 
 
+def test_what_contributing_names_is_there() -> None:
+    text, makefile = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "Makefile").read_text()
+    paths = re.findall(r"(?<![\w/.])((?:tests|docs|configs|sea_jax|\.ci)/[\w./]*)(?:::(\w+))?", text)
+    assert len(paths) > 8
+    for path, test in paths:
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text()
+    targets = re.findall(r"`make (\w+)", text)
+    assert len(targets) > 4
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
 @pytest.fixture
 def _mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's files, importable."""
