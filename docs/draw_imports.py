@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,6 +23,7 @@ PICTURE = Path(__file__).with_name("imports.svg")
 SWEEPS = 40  # over the lines, down and up in turn, while the order of the rooms is looked for
 BOX_WIDTH, BOX_HEIGHT, LANE_WIDTH = 1.9, 0.36, 0.3  # the distance of two lines is 1
 
+Point = tuple[float, float]
 Edge = tuple[str, str]  # room that imports, room that is imported
 
 
@@ -147,6 +148,30 @@ def drawn_edges(picture: Path) -> str:
     return html.unescape(found)
 
 
+def arrow(start: Point, end: Point, head: str, colour: Any) -> FancyArrowPatch:
+    """An arrow, or a piece of one, that leaves and arrives upright."""
+    middle = (start[1] + end[1]) / 2
+    curve = Curve([start, (start[0], middle), (end[0], middle), end], [Curve.MOVETO, *[Curve.CURVE4] * 3])
+    return FancyArrowPatch(
+        path=curve, arrowstyle=head, mutation_scale=9, color=colour, linewidth=1.1, capstyle="round", zorder=1
+    )
+
+
+def box(x: float, y: float, colour: Any) -> FancyBboxPatch:
+    """A room's box around its middle."""
+    width, shape = 0.84 * BOX_WIDTH, "round,pad=0,rounding_size=0.06"
+    return FancyBboxPatch(
+        (x - width / 2, y - BOX_HEIGHT / 2),
+        width,
+        BOX_HEIGHT,
+        boxstyle=shape,
+        facecolor="white",
+        edgecolor=colour,
+        linewidth=1.2,
+        zorder=2,
+    )
+
+
 def draw(picture: Path) -> None:
     """Writes the picture; the same sources give the same file."""
     lines, edges = rule_lines(), without_implied(room_imports())
@@ -164,18 +189,13 @@ def draw(picture: Path) -> None:
         axes.axhspan(number - 0.5, number + 0.5, color="0.96", linewidth=0, zorder=0)
     for upper, lower in sorted(pieces):
         begins, ends = upper.room in lines[upper.line], lower.room in lines[lower.line]
-        top = upper.line + (BOX_HEIGHT / 2 if begins else 0)
-        bottom = lower.line - (BOX_HEIGHT / 2 if ends else 0)
-        bends = [(place[upper], (top + bottom) / 2), (place[lower], (top + bottom) / 2)]
-        curve = Curve([(place[upper], top), *bends, (place[lower], bottom)], [Curve.MOVETO, *[Curve.CURVE4] * 3])
-        style = {"arrowstyle": "-|>" if ends else "-", "mutation_scale": 9, "linewidth": 1.1, "capstyle": "round"}
-        axes.add_patch(FancyArrowPatch(path=curve, color=colour[lower.room], zorder=1, **style))
+        start = (place[upper], upper.line + (BOX_HEIGHT / 2 if begins else 0))
+        end = (place[lower], lower.line - (BOX_HEIGHT / 2 if ends else 0))
+        axes.add_patch(arrow(start, end, "-|>" if ends else "-", colour[lower.room]))
     for number, line in enumerate(lines):
         for room in line:
-            x, width = place[Stop(room, number)], 0.84 * BOX_WIDTH
-            style = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": "white", "linewidth": 1.2}
-            corner = (x - width / 2, number - BOX_HEIGHT / 2)
-            axes.add_patch(FancyBboxPatch(corner, width, BOX_HEIGHT, edgecolor=colour[room], zorder=2, **style))
+            x = place[Stop(room, number)]
+            axes.add_patch(box(x, number, colour[room]))
             axes.text(x, number, room, ha="center", va="center", fontsize=9, zorder=3)
     with matplotlib.rc_context({"svg.hashsalt": "sea_jax", "svg.fonttype": "path"}):
         figure.savefig(picture, metadata={"Date": None, "Creator": None, "Description": edge_list(edges)})
