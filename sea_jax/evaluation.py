@@ -1,5 +1,6 @@
 """How good the policy is: its greedy responses to held-out prompts against the initial policy's, as the oracle sees it."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,41 @@ class Evaluation:
 
     def _prompts(self, count: int) -> list[str]:
         return [record["prompt"] for record in self.records[:count]]
+
+
+def evaluate(
+    evaluation: Evaluation,
+    settings: EvaluationSettings,
+    trained: Params,
+    version: int,
+    step: int,
+    reward_model: Ensemble | None,
+) -> tuple[dict[str, float], Iterator[dict[str, Any]]]:
+    """Measures a policy in all the ways that a run's settings ask for.
+
+    Args:
+      evaluation: Evaluation.
+      settings: EvaluationSettings.
+      trained: the trained part of the policy's parameters.
+      version: how many policy steps made them.
+      step: training step; at 0 the policy is the initial one.
+      reward_model: the ERM, where it is to choose the best of n; None: not now.
+
+    Returns:
+      Metrics, and what samples.jsonl holds.
+    """
+    start = time.perf_counter()
+    now = evaluation.greedy(trained, version) if step else evaluation.initial
+    row, probability = measure(evaluation, now, "rm")
+    if settings.against_references:
+        row |= measure_against_references(evaluation, now, "rm")
+    if settings.best_of_n and reward_model is not None:
+        row |= measure(evaluation, evaluation.best_of_n(trained, reward_model, version), "bon")[0]
+    row |= {
+        "eval/initial_response_length": float(evaluation.initial.lengths.mean()),
+        "eval/elapsed_time": time.perf_counter() - start,
+    }
+    return row, samples(evaluation, now, probability, step)
 
 
 def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[dict[str, float], np.ndarray]:

@@ -240,24 +240,13 @@ def accumulated(
     Returns:
       (gradient, tree), as `gradient` returns them for the whole batch up to rounding.
     """
-    count = jax.tree.leaves(batch)[0].shape[0] // microbatch_size
 
     def stored(microbatch: Any) -> tuple[Params, Any]:
         of_trained, beside = gradient(microbatch)
         return partition.as_stored(of_trained, specs), beside
 
-    if count == 1:
-        return stored(batch)
-
-    def add(carry: tuple[Params, Any], microbatch: Any) -> tuple[tuple[Params, Any], None]:
-        return jax.tree.map(jnp.add, carry, stored(microbatch)), None
-
-    # Every count-th row to a microbatch: each then has rows of every device that the batch is divided over.
-    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(stored, jax.tree.map(lambda x: x[0], microbatches))
-    of_trained, beside = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums, _ = jax.lax.scan(add, (partition.as_stored(of_trained, specs), beside), microbatches)
-    return sums
+    # Every count-th row goes to a microbatch: each then has rows of every device that the batch is divided over.
+    return optax.microbatch(stored, argnums=0, microbatch_size=microbatch_size)(batch)
 
 
 @partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))

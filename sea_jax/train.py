@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,22 +122,13 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
         heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
-            start = time.perf_counter()
-            trained = state.learner.trained
-            version = int(state.learner.step)
-            now = heldout.greedy(trained, version) if state.step else heldout.initial
-            row, probability = evaluation.measure(heldout, now, "rm")
-            for sample in evaluation.samples(heldout, now, probability, state.step):
+            chooser = state.ensemble if state.queries >= config.max_queries else None
+            row, samples = evaluation.evaluate(
+                heldout, config.eval, state.learner.trained, int(state.learner.step), state.step, chooser
+            )
+            for sample in samples:
                 writer.sample(sample)
-            if config.eval.against_references:
-                row |= evaluation.measure_against_references(heldout, now, "rm")
-            if state.queries >= config.max_queries and config.eval.best_of_n:
-                row |= evaluation.measure(heldout, heldout.best_of_n(trained, state.ensemble, version), "bon")[0]
-            initial_length = float(heldout.initial.lengths.mean())
-            return row | {
-                "eval/initial_response_length": initial_length,
-                "eval/elapsed_time": time.perf_counter() - start,
-            }
+            return row
 
         def save(state: sea.State) -> None:
             responder.settle()
@@ -172,17 +164,7 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
                     save(state)
                     save_due = False
                 idle_steps = 0 if row["explorer/pairs"] else idle_steps + 1
-                if idle_steps == MAX_IDLE_STEPS:
-                    if row["explorer/unanswered"]:
-                        raise ValueError(
-                            f"no answer in {MAX_IDLE_STEPS} steps up to step {state.step}: the oracle was asked and said "
-                            "nothing. Nothing was counted; see what keeps it, and start the same command again"
-                        )
-                    raise ValueError(
-                        f"no pair in {MAX_IDLE_STEPS} steps up to step {state.step}: the candidates of every prompt are the "
-                        "same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
-                        "config.sampling.temperature or config.loss.beta, and start anew"
-                    )
+                check_idle(idle_steps, row, state.step)
 
     if stopping:
         logging.warning("stopped at step %d and saved; the same command goes on from there", state.step)
@@ -198,15 +180,33 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
 MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
 
 
-def policy_steps(config: RunSettings) -> int:
-    """Returns how many policy steps the budget will take, for the learning rate's schedule.
+def check_idle(idle_steps: int, row: Mapping[str, float], step: int) -> None:
+    """Ends a run that cannot go on by itself.
 
     Args:
-      config: a whole configuration.
+      idle_steps: steps in a row without a labelled pair.
+      row: metrics of the last of them.
+      step: its number.
 
-    Returns:
-      The number expected if every prompt has two different candidates.
+    Raises:
+      ValueError: there were MAX_IDLE_STEPS.
     """
+    if idle_steps < MAX_IDLE_STEPS:
+        return
+    if row["explorer/unanswered"]:
+        raise ValueError(
+            f"no answer in {MAX_IDLE_STEPS} steps up to step {step}: the oracle was asked and said nothing. Nothing was "
+            "counted; see what keeps it, and start the same command again"
+        )
+    raise ValueError(
+        f"no pair in {MAX_IDLE_STEPS} steps up to step {step}: the candidates of every prompt are the same text. The policy "
+        "has collapsed: lower config.learner.learning_rate, or raise config.sampling.temperature or config.loss.beta, and "
+        "start anew"
+    )
+
+
+def policy_steps(config: RunSettings) -> int:
+    """Returns how many policy steps the budget will take if every prompt has two different candidates, for the schedule."""
     burnt, batch = min(config.exploration.burn_in_queries, config.max_queries), config.data.batch_size
     oracle_steps = burnt / batch + (config.max_queries - burnt) / (batch * config.exploration.gamma)
     planned = max(config.max_queries - config.exploration.planning_after_queries, 0) / config.max_queries
