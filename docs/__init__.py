@@ -1,0 +1,1 @@
+"""Pages about the library, and the script that draws one of their pictures."""
