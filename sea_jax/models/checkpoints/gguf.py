@@ -35,8 +35,8 @@ def tensors(path: Path, config: ModelConfig) -> dict[str, Stored]:
     """Lists the tensors of a GGUF file of the architecture llama; reading one dequantises it to float32.
 
     Args:
-      path: the file.
-      config: the model's configuration, from the config.json beside the file.
+      path: of the file.
+      config: the model's, from the config.json beside the file.
 
     Returns:
       Hugging Face tensor name -> Stored; a tensor without a counterpart keeps its own name.
