@@ -8,22 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float64, Key
 from scipy.special import expit
 
 from sea_jax.types import Array, Judgement, Oracle, Preference, Reward
 
-Labels = Callable[[np.ndarray, Array], np.ndarray]  # P(first wins) [N], keys [N] -> label [N]
+Keys = Key[Array, " N"]  # one for each duel, so that its noise does not depend on its neighbours
+Labels = Callable[[Float64[np.ndarray, " N"], Keys], Float64[np.ndarray, " N"]]  # P(first wins), keys -> labels
 
 
 def by_reward(reward: Reward, scale: float) -> Preference:
     """Bradley-Terry preference of a scalar reward: P(first wins) = sigmoid(scale (r(first) - r(second))), Eq. 3.
 
     Args:
-      reward: N prompts and responses -> [N].
+      reward: of prompts and responses.
       scale: inverse temperature.
-
-    Returns:
-      Preference.
     """
 
     def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
@@ -34,43 +33,19 @@ def by_reward(reward: Reward, scale: float) -> Preference:
     return preference
 
 
-def deterministic(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Labels with the preferred response; exact ties stay one half.
-
-    Args:
-      probability: [N], that the first wins.
-      keys: not used.
-
-    Returns:
-      [N] float64 in {0, 0.5, 1}.
-    """
+def deterministic(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Labels with the preferred response, 0 or 1; exact ties stay one half."""
     return (np.sign(probability - 0.5) + 1) / 2
 
 
-def bradley_terry(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Draws z ~ Ber(P(first wins)).
-
-    Args:
-      probability: [N], that the first wins.
-      keys: [N] random keys, one per duel, so that a duel's noise does not depend on its neighbours.
-
-    Returns:
-      [N] float64 in {0, 1}.
-    """
+def bradley_terry(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Draws z ~ Ber(P(first wins)), 0 or 1."""
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys))
     return (uniform < probability).astype(np.float64)
 
 
-def soft(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Hands the probability itself on as the label.
-
-    Args:
-      probability: [N], that the first wins.
-      keys: not used.
-
-    Returns:
-      [N] float64 in [0, 1].
-    """
+def soft(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Hands the probability itself on as the label."""
     return probability
 
 
@@ -79,17 +54,8 @@ LABELS: Mapping[str, Labels] = {"deterministic": deterministic, "bradley_terry":
 
 def probabilities(
     preference: Preference, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-) -> np.ndarray:
-    """Returns what a preference says, which may be anybody's code.
-
-    Args:
-      preference: Preference.
-      prompts: N.
-      first: N responses.
-      second: N responses.
-
-    Returns:
-      P(first wins), [N] float64.
+) -> Float64[np.ndarray, " N"]:
+    """Returns P(first wins) as a preference, which may be anybody's code, says.
 
     Raises:
       ValueError: it returns another number of values, or one outside [0, 1].
@@ -106,11 +72,8 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
     """Makes an oracle of a preference and a way to label.
 
     Args:
-      preference: Preference; if it has a parameter `keys`, it is given the names of the asks there.
+      preference: if it has a parameter `keys`, it is given the names of the asks there.
       labels: one of LABELS.
-
-    Returns:
-      Oracle.
 
     Raises:
       ValueError: the preference's `keys` has no default; or (by the oracle) the preference returns a wrong number of
@@ -119,7 +82,7 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
     wants_keys = _wants_keys(preference)
 
     def oracle(
-        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str]
+        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Keys, asks: Sequence[str]
     ) -> Judgement:
         names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
         probability = probabilities(partial(preference, **names), prompts, first, second)
@@ -145,16 +108,11 @@ def _wants_keys(preference: Preference) -> bool:
 def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
     """Wraps any oracle so that each label is exchanged (z -> 1 - z) with a given probability (SEA paper, App. G.4).
 
-    Args:
-      oracle: Oracle.
-      flip_probability: in [0, 1].
-
-    Returns:
-      Oracle whose probabilities are the noise-free ones and whose labels are noisy.
+    The probabilities stay the noise-free ones; the labels are noisy.
     """
 
     def noisy(
-        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str]
+        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Keys, asks: Sequence[str]
     ) -> Judgement:
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         judgement = oracle(prompts, first, second, inner, asks)
