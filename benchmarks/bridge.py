@@ -28,7 +28,7 @@ from configs import quickstart
 from gpu_bridge import client, launch, protocol, weights
 from sea_jax import train
 from sea_jax.actors.bridge import bridge
-from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.generation import GenerationConfig
 from sea_jax.actors.in_process import in_process
 from sea_jax.models import decoder
 from sea_jax.models.checkpoints import hf
@@ -127,12 +127,15 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
     prompts = Prompts(jax.numpy.asarray(tokens), jax.numpy.ones(tokens.shape, bool))
 
     def sides(temperature: float, eos_ids: tuple[int, ...]) -> dict[str, Generate]:
-        how = SamplingConfig(
+        how = GenerationConfig(
             num_samples=options.samples if temperature else 1,
             max_new_tokens=options.new_tokens,
             eos_ids=eos_ids,
             pad_id=policy.tokenizer.pad_id,
             temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            feature_stack=None,
             dtype=options.dtype,
         )
         engine = bridge(servers, policy.frozen, policy.config, how, weights_dtype=options.dtype)

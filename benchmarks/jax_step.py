@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.inputs import Inputs, Settings
-from sea_jax import ensemble, features, learner, losses, wiring
+from sea_jax import ensemble, features, learner, losses
 from sea_jax.actors import generation
-from sea_jax.actors.generation import SamplingConfig
-from sea_jax.ensemble import EnsembleConfig
+from sea_jax.actors.generation import GenerationConfig
+from sea_jax.ensemble import EnsembleSettings
 from sea_jax.learner import LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.oracles import preferences
@@ -41,7 +41,7 @@ class JaxStep:
         self.policy = load_policy(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
         self.prompts = Prompts(jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid))
         self.sampling = sampling_config(settings, self.policy)
-        self.texts = wiring.texts(self.policy.tokenizer)
+        self.texts = generation.texts_of(self.policy.tokenizer)
         self.featurize = features.of_reference(
             self.policy.reference,
             self.policy.config,
@@ -130,7 +130,9 @@ class JaxStep:
         texts = self.texts(self.candidates())
         first, second = ([row[i] for row, i in zip(texts, self.inputs.duel[:, side], strict=True)] for side in (0, 1))
         asks = [f"benchmark/{seed}-{row}" for row in range(len(posts))]
-        return self.label(posts, first, second, jax.random.split(jax.random.key(seed), len(posts)), asks).label
+        keys = jax.random.split(jax.random.key(seed), len(posts))
+        (judgement,) = self.label(posts, first, second, preferences.drawn_order(keys), keys, asks)
+        return judgement.label
 
     def erm(self, seed: int) -> np.ndarray:
         """Computes the rewards of all candidates, then takes the ERM's gradient steps on the replay.
@@ -201,31 +203,33 @@ def dpo(beta: float) -> Callable[[PairLogps], Array]:
     return losses.bind(losses.LOSSES["dpo"], {"beta": beta})
 
 
-def sampling_config(settings: Settings, policy: Policy) -> SamplingConfig:
+def sampling_config(settings: Settings, policy: Policy) -> GenerationConfig:
     """Returns how candidates are drawn: no token ends a response, so that both sides write the same number of them.
 
     Args:
       settings: Settings.
       policy: Policy.
     """
-    return SamplingConfig(
+    return GenerationConfig(
         num_samples=settings.samples,
         max_new_tokens=settings.new_tokens,
         eos_ids=(),
         pad_id=policy.tokenizer.pad_id,
         temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
         feature_stack=policy.feature_stack,
         dtype=settings.dtype,
     )
 
 
-def ensemble_config(settings: Settings) -> EnsembleConfig:
+def ensemble_config(settings: Settings) -> EnsembleSettings:
     """Returns the ERM's hyper-parameters.
 
     Args:
       settings: Settings.
     """
-    return EnsembleConfig(
+    return EnsembleSettings(
         num_heads=settings.num_heads,
         hidden_size=settings.hidden_size,
         learning_rate=settings.erm_learning_rate,
@@ -252,5 +256,6 @@ def learner_config(settings: Settings, num_pairs: int) -> LearnerConfig:
         clip_norm=settings.clip_norm,
         microbatch_size=num_pairs,
         remat=False,
+        total_steps=1000,
         dtype=settings.dtype,
     )

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import torch
 import transformers
@@ -31,9 +30,10 @@ from benchmarks.inputs import Inputs, Settings, Step
 from benchmarks.jax_step import JaxStep, ensemble_config, sampling_config
 from benchmarks.torch_step import TorchStep, candidate_texts
 from configs import quickstart
-from sea_jax import ensemble, wiring
+from sea_jax import ensemble
 from sea_jax.actors import generation
-from sea_jax.data.prompts import Rendered, collate
+from sea_jax.config import RunSettings, resolve
+from sea_jax.data.prompts import Rendered, collate, load_prompts
 from sea_jax.models import decoder, tokenizer
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import EncoderConfig
@@ -57,8 +57,8 @@ class Seconds:
     torch: Mapping[str, list[float]]
 
 
-def configuration(arguments: argparse.Namespace) -> ml_collections.ConfigDict:
-    """Returns the quickstart's configuration with the benchmark's sizes, and every weight trained.
+def configuration(arguments: argparse.Namespace) -> RunSettings:
+    """Returns the quickstart's settings with the benchmark's sizes, and every weight trained.
 
     Args:
       arguments: what `parse` returned.
@@ -71,10 +71,10 @@ def configuration(arguments: argparse.Namespace) -> ml_collections.ConfigDict:
     config.data.batch_size = config.learner.microbatch_size = arguments.prompts
     config.sampling.num_samples = arguments.samples
     config.sampling.max_new_tokens = arguments.new_tokens
-    return config
+    return resolve(config)
 
 
-def settings(config: ml_collections.ConfigDict) -> Settings:
+def settings(config: RunSettings) -> Settings:
     """Returns the sizes and hyper-parameters that both sides use.
 
     Args:
@@ -297,7 +297,7 @@ def main() -> None:
     config = configuration(arguments)
     sizes = settings(config)
     policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
-    rendered = wiring.prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
+    rendered = load_prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
     if len(rendered) < arguments.prompts:
         raise SystemExit(
             f"--prompts={arguments.prompts}: there are {len(rendered)} of {arguments.prompt_tokens} tokens"

@@ -1,7 +1,9 @@
-"""The SEA agent: Algorithm 2 of the paper, line by line, for a batch of prompts."""
+"""One step of any method: propose, choose, assign, label, learn rewards, learn the policy (SEA paper, Algorithm 2).
+
+A method is an `Agent`: a value whose slots are functions. Nothing here knows which method it is.
+"""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,36 +20,49 @@ from sea_jax.features import Featurize
 from sea_jax.learner import Learner
 from sea_jax.oracles.labelling import Question, label
 from sea_jax.oracles.ledger import Ledger
+from sea_jax.policy import Policy
 from sea_jax.replay import Replay, add_pairs
-from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, PreferenceBatch, Prompts, Respond
+from sea_jax.settings import NOT_NEGATIVE, one_of, one_of_or_user, setting
+from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, Params, PreferenceBatch, Prompts, Respond
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class ExplorationConfig:
-    """Which pairs are labelled by whom.
+class ExplorationSettings:
+    """Which pairs are labelled by whom."""
 
-    Attributes:
-      max_queries: oracle labels in all.
-      gamma: probability that a duel goes to the oracle; else the ERM labels a pair.
-      burn_in_queries: gamma is 1 until so many labels are paid for.
-      erm_share: who is left to the ERM: "drawn" (each prompt with probability 1 - gamma) or "fixed" (always
-        floor((1 - gamma) B) random prompts of a batch, the authors' code).
-      erm_pair: what the ERM labels: "duel" (the duel's own pair) or "max_margin" (a random head's best and worst).
-      erm_label: how: "head" (a random head's choice) or "mean" (the mean over heads of P(first wins)).
-      planning_steps: extra policy steps per oracle step, on fresh prompts with ERM-labelled pairs (Dyna).
-      planning_after_queries: no planning before so many labels are paid for.
-    """
-
-    max_queries: int
-    gamma: float = 0.7
-    burn_in_queries: int = 1000
-    erm_share: str = "drawn"
-    erm_pair: str = "duel"
-    erm_label: str = "head"
-    planning_steps: int = 0
-    planning_after_queries: int = 128
+    rule: str = setting(
+        "bai_ts",
+        "duel rule by name, those named _oat as in the authors' code; or my_module:my_rule",
+        one_of_or_user(sampling.RULES),
+    )
+    gamma: float = setting(
+        0.7,
+        "probability that the oracle labels a duel; else the ERM labels a pair",
+        (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
+        source="authors' code; mixture ratio of Eq. 9",
+    )
+    burn_in_queries: int = setting(1000, "gamma is 1 until so many queries are paid for", NOT_NEGATIVE, unit="queries")
+    erm_share: str = setting(
+        "drawn",
+        'who is left to the ERM: "drawn", each prompt with probability 1 - gamma (paper), or "fixed", always '
+        "floor((1 - gamma) B) random prompts of a batch (authors' code)",
+        one_of("drawn", "fixed"),
+    )
+    erm_pair: str = setting(
+        "duel",
+        'what the ERM labels: "duel", the rule\'s own pair (paper), or "max_margin", a random head\'s best and worst '
+        "(authors' code)",
+        one_of("duel", "max_margin"),
+    )
+    erm_label: str = setting(
+        "head",
+        'how: "head", a random head\'s choice (paper), or "mean": soft, mean over heads of P(first wins)',
+        one_of("head", "mean"),
+    )
+    planning_steps: int = setting(0, "policy steps on fresh ERM-labelled pairs per oracle step (Dyna)", NOT_NEGATIVE)
+    planning_after_queries: int = setting(128, "no planning before so many queries", NOT_NEGATIVE, unit="queries")
 
 
 @struct.dataclass
@@ -58,7 +73,7 @@ class State:
       learner: the policy.
       ensemble: the ERM.
       replay: oracle-labelled experience D.
-      step: oracle steps taken.
+      step: steps taken in which the oracle could be asked.
       queries: oracle labels paid for.
       batches: batches of prompts used.
     """
@@ -72,50 +87,178 @@ class State:
 
 
 @dataclass(frozen=True)
-class Agent:
-    """The agent's behaviour, as functions.
+class Proposal:
+    """What was written to a batch of B prompts, and what can be known of it before anybody is asked.
 
     Attributes:
-      prompts: batch number -> {"id", "prompt", "tokens" [B, P], "valid" [B, P]}.
+      batch: {"id", "prompt", "tokens" [B, P], "valid" [B, P]}.
+      candidates: M responses to each prompt.
+      texts: B lists of M.
+      distinct: [B, M, M] bool, whether two responses differ.
+      rewards: [K, B, M] float32, of every head.
+      seen: what the rules ask for of `sampling.SEES`, by name.
+    """
+
+    batch: Mapping[str, Any]
+    candidates: Candidates
+    texts: Sequence[Sequence[str]]
+    distinct: Array
+    rewards: Array
+    seen: Mapping[str, Array]
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts as token ids."""
+        return Prompts(jnp.asarray(self.batch["tokens"]), jnp.asarray(self.batch["valid"]))
+
+    def rows(self, rows: Array) -> "Proposal":
+        """Returns the proposal of some of the prompts, [b] int32."""
+        numbers = np.asarray(rows).tolist()
+        batch = {
+            name: [column[row] for row in numbers] if isinstance(column, list) else column[np.asarray(rows)]
+            for name, column in self.batch.items()
+        }
+        return Proposal(
+            batch=batch,
+            candidates=jax.tree.map(lambda x: x[rows], self.candidates),
+            texts=[self.texts[row] for row in numbers],
+            distinct=self.distinct[rows],
+            rewards=self.rewards[:, rows],
+            seen={name: value[rows] for name, value in self.seen.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who labels which pair.
+
+    Attributes:
+      duel: the pair of each prompt, [B].
+      to_oracle: [B] bool.
+      to_erm: [B] bool.
+      erm_labels: [B] float32, what the ERM says where it labels.
+    """
+
+    duel: Duel
+    to_oracle: Array
+    to_erm: Array
+    erm_labels: Array
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step ends with, for the policy to learn from.
+
+    Attributes:
+      proposal: Proposal.
+      duel: the pair of each prompt, [B].
+      labels: [B] float32, probability that the first wins; one half where nobody labelled.
+      labelled: [B] bool.
+      reward_model: the ERM after it has learnt.
+    """
+
+    proposal: Proposal
+    duel: Duel
+    labels: Array
+    labelled: Array
+    reward_model: Ensemble
+
+
+Select = Callable[..., Array]
+"""Which prompts go on: as a DuelRule, but -> [b] int32, rows of the batch; b must be the same at every step."""
+
+Assign = Callable[[Proposal, Duel, int, Mapping[str, Array]], Assignment]
+"""Who labels: proposal, the rule's duel, queries paid for, the step's named keys -> Assignment."""
+
+FillSlots = Callable[["Agent", Policy], "Agent"]
+"""What a method makes of its settings: an agent with every slot filled as in passive online learning, the policy -> its own."""
+
+LearnRewards = Callable[[Ensemble, Replay, Array], tuple[Ensemble, dict[str, Array]]]
+LearnPolicy = Callable[[Learner, Any], tuple[Learner, dict[str, Array]]]
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Steps between two steps of an agent, in which nobody is asked.
+
+    Attributes:
+      agent: takes them.
+      steps: how many.
+      after_queries: none before so many queries are paid for.
+    """
+
+    agent: "Agent"
+    steps: int
+    after_queries: int
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A method, as functions.
+
+    Attributes:
+      prompts: batch number -> a batch of prompts, see `Proposal`.
       respond: batch number, trained parameters, Prompts, key, policy steps -> Candidates, metrics.
       texts: Candidates -> B lists of M response texts.
       features: what the ERM sees of them, [B, M, d].
+      logprobs: trained parameters, Prompts, Candidates -> [B, M] under the policy and [B, M] under the reference.
+      select: which prompts of a batch go on; None: all.
       rule: the duel rule.
+      assign: who labels.
       oracle: labels duels.
       ledger: every label, on disk before it is used.
-      learn_rewards: Ensemble, Replay, key -> Ensemble, metrics.
-      learn_policy: Learner, PreferenceBatch -> Learner, metrics.
-      exploration: ExplorationConfig.
+      max_queries: oracle labels in all.
+      learn_rewards: Ensemble, Replay, key -> Ensemble, metrics; None: there is no reward model to learn.
       standardise: the ERM's features are divided by their spread, see `ensemble.calibrate`.
+      lessons: Experience -> what the policy learns from.
+      learn_policy: Learner, lessons -> Learner, metrics; None: the policy stays as it is.
+      planning: steps in between; None: none.
     """
 
     prompts: Callable[[int], Mapping[str, Any]]
     respond: Respond
     texts: Callable[[Candidates], list[list[str]]]
     features: Featurize
+    logprobs: Callable[[Params, Prompts, Candidates], tuple[Array, Array]]
     rule: DuelRule
+    assign: Assign
     oracle: Oracle
     ledger: Ledger
-    learn_rewards: Callable[[Ensemble, Replay, Array], tuple[Ensemble, dict[str, Array]]]
-    learn_policy: Callable[[Learner, PreferenceBatch], tuple[Learner, dict[str, Array]]]
-    exploration: ExplorationConfig
+    max_queries: int
+    learn_rewards: LearnRewards | None
     standardise: bool
+    lessons: Callable[[Experience], Any]
+    learn_policy: LearnPolicy | None
+    select: Select | None = None
+    planning: Planning | None = None
 
 
-KEYS = ("generate", "duel", "gamma", "oracle", "head", "rewards", "plan")  # what a step's key is split for
+def all_to_oracle(proposal: Proposal, duel: Duel, queries: int, keys: Mapping[str, Array]) -> Assignment:
+    """Every duel is the oracle's to label."""
+    everybody = jnp.ones(duel.first.shape, bool)
+    return Assignment(duel, everybody, ~everybody, jnp.zeros(duel.first.shape))
 
 
-def generation_key(key: Array) -> Array:
-    """Returns the key that a step's responses are drawn with.
+KEYS = ("generate", "duel", "gamma", "oracle", "head", "rewards", "plan", "select")  # what a step's key is split for
+
+
+def step_key(root: Array, number: int) -> Array:
+    """Returns the key of a step.
 
     Args:
-      key: random key of the step.
+      root: the run's.
+      number: steps taken before it.
     """
-    return _named_keys(key, *KEYS)["generate"]
+    return jax.random.fold_in(root, number + 1)
+
+
+def named_keys(key: Array) -> dict[str, Array]:
+    """Splits a step's key once into named ones."""
+    return dict(zip(KEYS, jax.random.split(key, len(KEYS)), strict=True))
 
 
 def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
-    """Takes one step of Algorithm 2, and `planning_steps` policy steps on the ERM's word after it.
+    """Takes one step, and those of the agent's planning behind it.
 
     Args:
       agent: Agent.
@@ -125,210 +268,191 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
     Returns:
       State and the step's metrics.
     """
-    metrics: Metrics = {}
-    keys = _named_keys(key, *KEYS)
-    batch, state = _next_prompts(agent, state)  # line 3
-    with _timed(metrics, "actor/generate_time"):
-        proposal = _propose(agent, state, batch, keys["generate"], metrics)  # line 4
-        state = _calibrated(agent, state, proposal.candidates)
-        rewards = ensemble.rewards(state.ensemble, proposal.candidates.features)
-        duel = agent.rule(rewards, proposal.distinct, keys["duel"])  # lines 5 to 7
-    with _timed(metrics, "actor/oracle_time"):
-        to_oracle, to_erm = _who_labels(agent.exploration, state, proposal, duel, keys["gamma"])  # line 8
-        erm_duel, erm_labels = _erm_label(agent.exploration, rewards, proposal.distinct, duel, keys["head"])
-        duel = jax.tree.map(lambda own, erm: jnp.where(to_erm, erm, own), duel, erm_duel)
-        labels = _label(agent, state, batch, proposal, duel, to_oracle, to_erm, erm_labels, keys["oracle"])
-    with _timed(metrics, "train/rm/learn_time"):
-        features = _take(proposal.candidates.features, duel)
-        replay = add_pairs(state.replay, features, labels, to_oracle)
-        reward_model, erm_metrics = agent.learn_rewards(state.ensemble, replay, keys["rewards"])  # line 9
-        jax.block_until_ready(reward_model)
-    with _timed(metrics, "train/learn_time"):
-        pairs = _preferences(batch, proposal.candidates, duel, labels, to_oracle | to_erm)
-        learner, policy_metrics = agent.learn_policy(state.learner, pairs)  # line 10
-        jax.block_until_ready(learner)
-    metrics |= _duel_metrics(rewards, proposal, duel, labels, to_oracle, to_erm)
-    metrics |= {f"train/{name}": float(value) for name, value in policy_metrics.items()}
-    metrics |= {"train/rm/loss_rew": float(erm_metrics["loss"]), "train/rm/acc_rew": float(erm_metrics["accuracy"])}
-    state = replace(
-        state,
-        learner=learner,
-        ensemble=reward_model,
-        replay=replay,
-        step=state.step + 1,
-        queries=state.queries + int(to_oracle.sum()),
-    )
-    if state.queries >= agent.exploration.planning_after_queries:
-        for index in range(agent.exploration.planning_steps):
-            state = _plan(agent, state, index, jax.random.fold_in(keys["plan"], index), metrics)
+    keys = named_keys(key)
+    state, metrics = take(agent, state, keys)
+    state = replace(state, step=state.step + 1)
+    planning = agent.planning
+    if planning and state.queries >= planning.after_queries:
+        for index in range(planning.steps):
+            plan_keys = named_keys(jax.random.fold_in(keys["plan"], index))
+            state, row = take(planning.agent, state, plan_keys, suffix=f"-plan{index}")
+            metrics |= {"plan/loss": row["train/loss"], "plan/label": row["explorer/label"]}
+            for name, parts in PLAN_TIMES.items():
+                metrics[name] = metrics.get(name, 0.0) + sum(row.get(part, 0.0) for part in parts)
     return state, metrics
 
 
-def _plan(agent: Agent, state: State, index: int, key: Array, metrics: Metrics) -> State:
-    """One policy step on fresh prompts: the ensemble mean's best response against its worst, softly labelled by the ERM."""
-    keys = _named_keys(key, "generate", "duel", "oracle")
-    batch, state = _next_prompts(agent, state)
-    with _timed(metrics, "plan/generate_time"):
-        proposal = _propose(agent, state, batch, keys["generate"], metrics)
-        rewards = ensemble.rewards(state.ensemble, proposal.candidates.features)
-        duel = sampling.best_against_worst(rewards, proposal.distinct, keys["duel"])
-        nobody, to_erm = jnp.zeros(len(batch["id"]), bool), _differ(proposal, duel)
-        erm_labels = sampling.mean_label(rewards, duel)
-        labels = _label(
-            agent, state, batch, proposal, duel, nobody, to_erm, erm_labels, keys["oracle"], suffix=f"-plan{index}"
-        )
-    with _timed(metrics, "plan/learn_time"):
-        learner, report = agent.learn_policy(
-            state.learner, _preferences(batch, proposal.candidates, duel, labels, to_erm)
-        )
-        jax.block_until_ready(learner)
-    metrics |= {"plan/loss": float(report["loss"]), "plan/label": float(labels.mean())}
-    return replace(state, learner=learner)
+PLAN_TIMES = {
+    "plan/generate_time": ("actor/generate_time", "actor/oracle_time"),
+    "plan/learn_time": ("train/rm/learn_time", "train/learn_time"),
+}
 
 
-@dataclass(frozen=True)
-class _Proposal:
-    """The candidates S_t of a batch, their texts, and which of them differ: distinct [B, M, M]."""
+def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = "") -> tuple[State, Metrics]:
+    """Goes once through the slots of an agent, whatever they hold.
 
-    candidates: Candidates
-    texts: Sequence[Sequence[str]]
-    distinct: Array
+    Args:
+      agent: Agent.
+      state: State.
+      keys: from `named_keys`.
+      suffix: tells the questions of this pass from others of the same step.
 
-
-def _named_keys(key: Array, *names: str) -> dict[str, Array]:
-    """Splits a key once into named ones."""
-    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    Returns:
+      State and metrics.
+    """
+    metrics: Metrics = {}
+    with timed(metrics, "actor/generate_time"):
+        proposal, state = propose(agent, state, keys, metrics)  # lines 3 and 4
+        duel = agent.rule(
+            proposal.rewards, proposal.distinct, keys["duel"], **_pick_seen(proposal, agent.rule)
+        )  # 5 to 7
+    with timed(metrics, "actor/oracle_time"):
+        assignment = _apply_limits(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
+        duel = assignment.duel
+        labels, labelled, answered = _label(agent, state, proposal, assignment, keys["oracle"], suffix)
+    reward_model, replay = state.ensemble, state.replay
+    with timed(metrics, "train/rm/learn_time"):
+        if agent.learn_rewards is not None:
+            replay = add_pairs(replay, take_duel(proposal.candidates.features, duel), labels, answered)
+            reward_model, erm_metrics = agent.learn_rewards(reward_model, replay, keys["rewards"])  # line 9
+            metrics |= {
+                "train/rm/loss_rew": float(erm_metrics["loss"]),
+                "train/rm/acc_rew": float(erm_metrics["accuracy"]),
+            }
+    learner = state.learner
+    with timed(metrics, "train/learn_time"):
+        if agent.learn_policy is not None:
+            lessons = agent.lessons(Experience(proposal, duel, labels, labelled, reward_model))
+            learner, policy_metrics = agent.learn_policy(learner, lessons)  # line 10
+            jax.block_until_ready(learner)
+            metrics |= {f"train/{name}": float(value) for name, value in policy_metrics.items()}
+    metrics |= _duel_metrics(proposal, assignment, labels, labelled, answered)
+    queries = state.queries + int(answered.sum())
+    return replace(state, learner=learner, ensemble=reward_model, replay=replay, queries=queries), metrics
 
 
 @contextlib.contextmanager
-def _timed(metrics: Metrics, name: str) -> Iterator[None]:
+def timed(metrics: Metrics, name: str) -> Iterator[None]:
     """Adds the seconds spent inside to a metric."""
     start = time.perf_counter()
     yield
     metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - start
 
 
-def _next_prompts(agent: Agent, state: State) -> tuple[Mapping[str, Any], State]:
-    return agent.prompts(state.batches), replace(state, batches=state.batches + 1)
-
-
-def _propose(agent: Agent, state: State, batch: Mapping[str, Any], key: Array, metrics: Metrics) -> _Proposal:
-    """Samples M responses per prompt from the current policy."""
-    learner, prompts = state.learner, Prompts(batch["tokens"], batch["valid"])
-    candidates, written = agent.respond(state.batches - 1, learner.trained, prompts, key, int(learner.step))
+def propose(agent: Agent, state: State, keys: Mapping[str, Array], metrics: Metrics) -> tuple[Proposal, State]:
+    """Has the next batch of prompts answered and looks at the responses."""
+    number, learner = state.batches, state.learner
+    batch = agent.prompts(number)
+    prompts = Prompts(batch["tokens"], batch["valid"])
+    candidates, written = agent.respond(number, learner.trained, prompts, keys["generate"], int(learner.step))
     metrics |= written
     texts = agent.texts(candidates)
     candidates = replace(candidates, features=agent.features(batch, candidates, texts))
+    state = replace(state, batches=number + 1)
+    if agent.standardise and not int(state.replay.added):  # until it has learnt from a label
+        state = replace(state, ensemble=ensemble.calibrate(state.ensemble, candidates.features))
     group = np.array([[row.index(text) for text in row] for row in texts])  # the first candidate with the same text
-    return _Proposal(candidates, texts, jnp.asarray(group[:, :, None] != group[:, None, :]))
+    proposal = Proposal(
+        batch=batch,
+        candidates=candidates,
+        texts=texts,
+        distinct=jnp.asarray(group[:, :, None] != group[:, None, :]),
+        rewards=ensemble.rewards(state.ensemble, candidates.features),
+        seen={},
+    )
+    proposal = replace(proposal, seen=_compute_seen(agent, state, proposal))
+    if agent.select is not None:
+        rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_pick_seen(proposal, agent.select))
+        proposal = proposal.rows(rows)
+    return proposal, state
 
 
-def _calibrated(agent: Agent, state: State, candidates: Candidates) -> State:
-    """Until the ERM has learnt from a label its features are standardised by the candidates at hand."""
-    if not agent.standardise or int(state.replay.added):
-        return state
-    return replace(state, ensemble=ensemble.calibrate(state.ensemble, candidates.features))
+def _compute_seen(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
+    """What the agent's rules ask for; log-probs cost a pass through the policy and are taken for nobody else."""
+    names = {name for rule in (agent.rule, agent.select) if rule for name in sampling.seen_by(rule, "exploration.rule")}
+    seen: dict[str, Array] = {"lengths": proposal.candidates.lengths, "features": proposal.candidates.features}
+    if names & {"logprobs", "reference_logprobs"}:
+        found = agent.logprobs(state.learner.trained, proposal.prompts, proposal.candidates)
+        seen["logprobs"], seen["reference_logprobs"] = found
+    return {name: value for name, value in seen.items() if name in names}
 
 
-def _differ(proposal: _Proposal, duel: Duel) -> Array:
-    """Whether the duellists' texts differ: [B] bool. Also holds a rule of the user's to never ask about twins."""
-    return proposal.distinct[jnp.arange(duel.first.shape[0]), duel.first, duel.second]
+def _pick_seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]:
+    """What this rule asks for of what was seen."""
+    return {name: proposal.seen[name] for name in sampling.seen_by(rule, "exploration.rule")}
 
 
-def _who_labels(
-    config: ExplorationConfig, state: State, proposal: _Proposal, duel: Duel, key: Array
-) -> tuple[Array, Array]:
-    """Which rows the oracle labels, and which the ERM: two [B] bool; rows of twins, or beyond the budget, are neither."""
-    gamma = config.gamma if state.queries >= config.burn_in_queries else 1.0
-    differ = _differ(proposal, duel)
-    draws = jax.random.uniform(key, differ.shape)
-    if config.erm_share == "fixed":
-        num_oracle = len(draws) - math.floor((1 - gamma) * len(draws) + 1e-9)  # a tenth of ten is one, also in binary
-        oracle_turn = draws.argsort().argsort() < num_oracle
-    else:
-        oracle_turn = draws < gamma
-    to_oracle = differ & oracle_turn
-    within_budget = jnp.cumsum(to_oracle) <= config.max_queries - state.queries
-    return to_oracle & within_budget, differ & ~oracle_turn
-
-
-def _erm_label(
-    config: ExplorationConfig, rewards: Array, distinct: Array, duel: Duel, key: Array
-) -> tuple[Duel, Array]:
-    """The pair that the ERM labels in each row, and its label [B]."""
-    if config.erm_pair == "max_margin":
-        duel = sampling.max_margin(rewards, distinct, key)
-        value = jnp.ones(duel.first.shape, jnp.float32)  # the head that chose the pair prefers its first response
-    else:
-        value = sampling.head_label(rewards, duel, key)
-    return duel, sampling.mean_label(rewards, duel) if config.erm_label == "mean" else value
+def _apply_limits(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
+    """Nobody is asked about twins, whatever a rule returns, nor beyond the budget."""
+    duel = assignment.duel
+    differ = proposal.distinct[jnp.arange(duel.first.shape[0]), duel.first, duel.second]
+    to_oracle = assignment.to_oracle & differ
+    within_budget = jnp.cumsum(to_oracle) <= agent.max_queries - state.queries
+    return replace(assignment, to_oracle=to_oracle & within_budget, to_erm=assignment.to_erm & differ)
 
 
 def _label(
-    agent: Agent,
-    state: State,
-    batch: Mapping[str, Any],
-    proposal: _Proposal,
-    duel: Duel,
-    to_oracle: Array,
-    to_erm: Array,
-    erm_labels: Array,
-    key: Array,
-    suffix: str = "",
-) -> Array:
-    """Labels the chosen rows: [B] float32, one half in the rows that nobody labels."""
-    first, second, by_erm = np.asarray(duel.first), np.asarray(duel.second), np.asarray(to_erm)
-    rows = np.flatnonzero(np.asarray(to_oracle) | by_erm).tolist()
+    agent: Agent, state: State, proposal: Proposal, assignment: Assignment, key: Array, suffix: str
+) -> tuple[Array, Array, Array]:
+    """Labels [B] float32, one half where there is none; which rows have one, and which have the oracle's: two [B] bool."""
+    first, second = np.asarray(assignment.duel.first), np.asarray(assignment.duel.second)
+    to_oracle, to_erm = np.asarray(assignment.to_oracle), np.asarray(assignment.to_erm)
+    rows = np.flatnonzero(to_oracle | to_erm).tolist()
     questions = [
         Question(
             key=f"{state.step}{suffix}-{row}",
             step=state.step,
-            prompt_id=batch["id"][row],
-            prompt=batch["prompt"][row],
+            prompt_id=proposal.batch["id"][row],
+            prompt=proposal.batch["prompt"][row],
             first=proposal.texts[row][first[row]],
             second=proposal.texts[row][second[row]],
-            erm_label=float(erm_labels[row]) if by_erm[row] else None,
+            erm_label=float(assignment.erm_labels[row]) if to_erm[row] else None,
         )
         for row in rows
     ]
-    labels = np.full(len(first), 0.5, np.float32)
+    labels = np.full(len(first), np.nan, np.float32)
     if questions:
         labels[rows] = label(questions, agent.oracle, agent.ledger, jax.random.split(key, len(first))[jnp.array(rows)])
-    return jnp.asarray(labels)
+    labelled = ~np.isnan(labels)
+    filled = np.where(labelled, labels, np.float32(0.5))
+    return jnp.asarray(filled), jnp.asarray(labelled), jnp.asarray(labelled & to_oracle)
 
 
-def _take(values: Array, duel: Duel) -> Array:
+def take_duel(values: Array, duel: Duel) -> Array:
     """Picks the duellists: values [B, M, ...], Duel [B] -> [B, 2, ...]."""
     rows = jnp.arange(duel.first.shape[0])
     return jnp.stack([values[rows, duel.first], values[rows, duel.second]], axis=1)
 
 
-def _preferences(
-    batch: Mapping[str, Any], candidates: Candidates, duel: Duel, labels: Array, kept: Array
-) -> PreferenceBatch:
+def labelled_duels(experience: Experience) -> PreferenceBatch:
+    """Lessons of direct optimizers: every pair that was labelled, whoever did it."""
+    candidates, duel = experience.proposal.candidates, experience.duel
     return PreferenceBatch(
-        prompts=Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])),
-        tokens=_take(candidates.tokens, duel),
-        lengths=_take(candidates.lengths, duel),
-        labels=labels,
-        weights=kept.astype(jnp.float32),
+        prompts=experience.proposal.prompts,
+        tokens=take_duel(candidates.tokens, duel),
+        lengths=take_duel(candidates.lengths, duel),
+        labels=experience.labels,
+        weights=experience.labelled.astype(jnp.float32),
     )
 
 
 def _duel_metrics(
-    rewards: Array, proposal: _Proposal, duel: Duel, labels: Array, to_oracle: Array, to_erm: Array
+    proposal: Proposal, assignment: Assignment, labels: Array, labelled: Array, answered: Array
 ) -> Metrics:
     """What the log says of a step's duels."""
-    mean_probability = np.asarray(sampling.mean_label(rewards, duel))
-    asked, kept = np.asarray(to_oracle), np.asarray(to_oracle | to_erm)
+    rewards, to_erm = proposal.rewards, np.asarray(assignment.to_erm)
+    mean_probability = np.asarray(sampling.mean_label(rewards, assignment.duel))
+    asked, kept = np.asarray(answered), np.asarray(labelled)
     best = np.asarray(rewards.argmax(-1))  # [K, B]
     metrics = {
         "actor/init_clash_ratio": float((best == best[:1]).all(0).mean()),
         "actor/response_length": float(proposal.candidates.lengths.mean()),
         "actor/distinct_ratio": float(np.mean([len(set(row)) / len(row) for row in proposal.texts])),
-        "explorer/model_data_ratio": float(np.asarray(to_erm).sum() / max(kept.sum(), 1)),
+        "explorer/model_data_ratio": float(to_erm.sum() / max(kept.sum(), 1)),
         "explorer/pairs": int(kept.sum()),
+        "explorer/unanswered": int((np.asarray(assignment.to_oracle) & ~asked).sum()),
         "explorer/head_spread": float(rewards.std(0).mean()),
+        "explorer/label": float(labels.mean()),
     }
     if asked.any():  # how well the ERM foresaw the labels it has not learnt from yet
         agrees = (mean_probability > 0.5) == (np.asarray(labels) > 0.5)

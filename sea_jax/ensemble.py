@@ -11,36 +11,40 @@ from jaxtyping import Float, Float32, Int32, PRNGKeyArray
 
 from sea_jax.models import partition
 from sea_jax.replay import Replay, sample_pairs
+from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, one_of, setting
 from sea_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
-class EnsembleConfig:
-    """Hyper-parameters of the ERM; the defaults are the paper's.
+class EnsembleSettings:
+    """How the heads are built and learn."""
 
-    Attributes:
-      num_heads: K.
-      hidden_size: width of the two hidden layers.
-      learning_rate: Adam's.
-      weight_decay: L2 added to the gradient before Adam.
-      anchor_strength: lambda of Eq. 8, the pull of each head towards its own initial weights.
-      anchor: what lambda weighs: "prior", (1 / N) ||phi_k - phi_k^0||^2 of every head, N the labels collected; or "mean",
-        (batch_size / N) times the mean of (phi - phi^0)^2 over all parameters of all heads (the authors' code).
-      nll: how the heads' negative log-likelihoods are put together, "sum" (Eq. 8) or "mean" (the authors' code): Adam takes
-        no notice of the scale itself, but weight decay and anchor weigh K times as much against a mean.
-      steps: m, gradient steps per round.
-      batch_size: pairs per gradient step, drawn from the replay.
-    """
-
-    num_heads: int = 20
-    hidden_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 5e-5
-    anchor_strength: float = 0.5
-    anchor: str = "prior"
-    nll: str = "sum"
-    steps: int = 5
-    batch_size: int = 128
+    num_heads: int = setting(20, "K, heads", AT_LEAST_1, source="paper, App. F")
+    hidden_size: int = setting(128, "width of the two hidden layers", AT_LEAST_1, source="paper, App. F")
+    learning_rate: float = setting(1e-3, "Adam's", POSITIVE, source="paper, App. F")
+    weight_decay: float = setting(5e-5, "L2 added to the gradient before Adam", NOT_NEGATIVE, source="authors' code")
+    anchor_strength: float = setting(
+        0.5,
+        "lambda of Eq. 8, the pull of each head towards its own initial weights",
+        NOT_NEGATIVE,
+        source="paper, App. F",
+    )
+    anchor: str = setting(
+        "prior",
+        'what lambda weighs: "prior", (1 / N) ||phi_k - phi_k^0||^2 of every head, N the labels collected (Eq. 8); or '
+        '"mean", (batch_size / N) times the mean of (phi - phi^0)^2 over all parameters of all heads (authors\' code)',
+        one_of("prior", "mean"),
+    )
+    nll: str = setting(
+        "sum",
+        'how the heads\' negative log-likelihoods are put together, "sum" (Eq. 8) or "mean" (authors\' code): Adam takes no '
+        "notice of the scale itself, but weight decay and anchor weigh K times as much against a mean",
+        one_of("sum", "mean"),
+    )
+    steps: int = setting(5, "m, gradient steps per round", AT_LEAST_1, source="paper, App. A")
+    batch_size: int = setting(
+        128, "pairs per gradient step, drawn from the replay", AT_LEAST_1, unit="pairs", source="authors' code"
+    )
 
 
 Scalar = Float32[Array, ""]
@@ -65,12 +69,12 @@ class Ensemble:
     scale: Float32[Array, " d"]
 
 
-def optimizer(config: EnsembleConfig) -> optax.GradientTransformation:
+def optimizer(config: EnsembleSettings) -> optax.GradientTransformation:
     """Returns Adam with L2 in the gradient."""
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate))
 
 
-def init(config: EnsembleConfig, num_features: int, key: PRNGKeyArray) -> Ensemble:
+def init(config: EnsembleSettings, num_features: int, key: PRNGKeyArray) -> Ensemble:
     """Returns K heads initialised independently: truncated normal (2 sigma), sigma = 1 / (2 sqrt(fan_in)), zero biases.
 
     Features, d = `num_features` of them, pass unchanged until `calibrate` is called.
@@ -123,7 +127,7 @@ def rewards(ensemble: Ensemble, features: Float32[Array, "B M d"]) -> Float32[Ar
     return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised)
 
 
-def _anchor_weight(config: EnsembleConfig, num_parameters: int, num_labels: Int32[Array, ""]) -> Float[Array, ""]:
+def _anchor_weight(config: EnsembleSettings, num_parameters: int, num_labels: Int32[Array, ""]) -> Float[Array, ""]:
     """What every squared distance between a parameter and its anchor weighs; num_parameters: of all heads together."""
     weight = config.anchor_strength / jnp.maximum(num_labels, 1)
     return weight * (config.batch_size / num_parameters) if config.anchor == "mean" else weight
@@ -150,7 +154,7 @@ def _head_loss(
 
 
 def update(
-    ensemble: Ensemble, replay: Replay, key: PRNGKeyArray, config: EnsembleConfig
+    ensemble: Ensemble, replay: Replay, key: PRNGKeyArray, config: EnsembleSettings
 ) -> tuple[Ensemble, dict[str, Scalar]]:
     """Takes m Adam steps on the regularised negative log-likelihood (SEA paper, Eq. 8), in one scan.
 
@@ -161,7 +165,7 @@ def update(
       ensemble: Ensemble.
       replay: while it is empty nothing changes.
       key: of the m batches.
-      config: EnsembleConfig.
+      config: EnsembleSettings.
 
     Returns:
       Ensemble and {"loss", "accuracy"} of the last step, mean over heads, the likelihood at weight 1.

@@ -4,19 +4,18 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sea_jax import config as configuration
 from sea_jax import ensemble, wiring
+from sea_jax.config import RunSettings, checked
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.models.mesh import make_mesh
 from sea_jax.policy import check_fingerprint, export_policy
@@ -25,7 +24,7 @@ from sea_jax.runtime.console import WORKDIR, join_processes
 from sea_jax.runtime.progress import Progress
 from sea_jax.statistics import Interval
 from sea_jax.types import Array, Candidates, Generate, Params, Prompts
-from sea_jax.workdir import saved_configuration
+from sea_jax.workdir import saved_settings
 
 for shared in ("workdir", "coordinator", "num_processes", "process_id", "deterministic"):
     flags.declare_key_flag(shared)  # so that --help shows them
@@ -65,24 +64,27 @@ def evaluate(
       ValueError: a flag, the work directory or a checkpoint does not fit.
       OSError: a file cannot be read or written.
     """
-    config = saved_configuration(workdir)
+    settings = saved_settings(workdir)
     check_checkpoint(workdir / "checkpoints", step)
     if export is not None:
         check_export(export)
-    # Servers may be gone, or hold newer weights for the run itself.
-    config.actor.kind, config.actor.lag = "in_process", 0
-    if num_prompts is not None:
-        config.eval.num_prompts = num_prompts
-    config.mesh = tuple(mesh) if mesh else fitting_mesh(config)
-    configuration.validate(config)
-    made = make_mesh(config.mesh)
-    config.mesh = tuple(made.shape.values())
+    settings = replace(
+        settings,
+        actor=replace(
+            settings.actor, kind="in_process", lag=0
+        ),  # servers may be gone, or hold newer weights for the run
+        eval=replace(settings.eval, num_prompts=num_prompts or settings.eval.num_prompts),
+    )
+    data, fsdp, tensor = mesh or fitting_mesh(settings)
+    made = make_mesh(checked(replace(settings, mesh=(data, fsdp, tensor))).mesh)
+    data, fsdp, tensor = made.shape.values()
+    settings = replace(settings, mesh=(data, fsdp, tensor))
     with jax.set_mesh(made):
-        evaluate_on(made, config, workdir, step=step, best_of=best_of, export=export)
+        evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export)
 
 
 def evaluate_on(
-    mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path, *, step: int | None, best_of: int, export: Path | None
+    mesh: Mesh, config: RunSettings, workdir: Path, *, step: int | None, best_of: int, export: Path | None
 ) -> None:
     """Evaluates on a mesh that is set; everything else as in `evaluate`.
 
@@ -190,7 +192,7 @@ def check_export(directory: Path) -> None:
         )
 
 
-def fitting_mesh(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+def fitting_mesh(config: RunSettings) -> tuple[int, ...]:
     """Returns the run's own mesh if the devices here can make it, else one that divides the parameters over as many as can be.
 
     Args:
@@ -208,7 +210,7 @@ def fitting_mesh(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     return (1, math.gcd(here, *batches) if alone else -1, 1)
 
 
-def wanted(config: ml_collections.ConfigDict, parts: wiring.Parts, mesh: Mesh, ensemble_too: bool) -> dict[str, Any]:
+def wanted(config: RunSettings, parts: wiring.Parts, mesh: Mesh, ensemble_too: bool) -> dict[str, Any]:
     """Returns which parts of a run's state an evaluation reads, and where they lie: neither Adam's moments nor the replay.
 
     Args:
@@ -225,9 +227,7 @@ def wanted(config: ml_collections.ConfigDict, parts: wiring.Parts, mesh: Mesh, e
     def placed(x: Any, sharding: Any = whole, dtype: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
-    heads = jax.eval_shape(
-        lambda key: ensemble.init(wiring.ensemble_config(config.erm), parts.num_features, key), jax.random.key(0)
-    )
+    heads = jax.eval_shape(lambda key: ensemble.init(config.erm, parts.num_features, key), jax.random.key(0))
     return {
         "learner/trained": jax.tree.map(lambda x: placed(x, x.sharding, jnp.float32), parts.policy.reference),
         "learner/step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),

@@ -1,5 +1,6 @@
 """How good the policy is: its greedy responses to held-out prompts against the initial policy's, as the oracle sees it."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,26 @@ from sea_jax import ensemble, sampling
 from sea_jax.data.prompts import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
-from sea_jax.oracles import preferences
+from sea_jax.oracles.preferences import answers
+from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
 from sea_jax.statistics import Interval, win_rate
 from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
 Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """When and on what the policy is measured."""
+
+    every_queries: int = setting(1000, "between evaluations", AT_LEAST_1, unit="queries")
+    num_prompts: int = setting(1000, "held-out prompts", AT_LEAST_1, source="paper, App. F")
+    batch_size: int = setting(128, "prompts generated for at a time", AT_LEAST_1)
+    max_new_tokens: int = setting(53, "of a response", AT_LEAST_1, unit="tokens")
+    against_references: bool = setting(False, "also against the data set's own responses")
+    best_of_n: int = setting(0, "at the end: best of n under the ERM; 0: not", NOT_NEGATIVE)
+    best_of_n_prompts: int = setting(64, "held-out prompts for it", AT_LEAST_1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class Evaluation:
       greedy: trained parameters, policy steps -> a response to every held-out prompt.
       best_of_n: trained parameters, ERM, policy steps -> the best of n responses to the first of them.
       initial: the initial policy's greedy responses.
+      swapped: [N] bool, prompts at which the pair is shown the other way round.
     """
 
     records: Sequence[Record]
@@ -110,6 +126,7 @@ class Evaluation:
     greedy: Callable[[Params, int], Responses]
     best_of_n: Callable[[Params, Ensemble, int], Responses]
     initial: Responses
+    swapped: np.ndarray
 
     def against_initial(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray]:
         """Compares responses with the initial policy's.
@@ -120,7 +137,8 @@ class Evaluation:
         Returns:
           As of `compare`.
         """
-        return compare(self.preference, self._prompts(len(texts)), texts, self.initial.texts[: len(texts)])
+        count = len(texts)
+        return compare(self.preference, self._prompts(count), texts, self.initial.texts[:count], self.swapped[:count])
 
     def against_references(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray] | None:
         """Compares responses with the data set's own, where it has one.
@@ -136,14 +154,49 @@ class Evaluation:
         if not there:
             return None
         prompts = self._prompts(len(texts))
-        columns = ([column[i] for i in there] for column in (prompts, texts, references))
-        interval, known = compare(self.preference, *columns)
+        prompts, known_texts, opponents = ([column[i] for i in there] for column in (prompts, texts, references))
+        interval, known = compare(self.preference, prompts, known_texts, opponents, self.swapped[there])
         probability = np.full(len(texts), np.nan)
         probability[there] = known
         return interval, probability
 
     def _prompts(self, count: int) -> list[str]:
         return [record["prompt"] for record in self.records[:count]]
+
+
+def evaluate(
+    evaluation: Evaluation,
+    settings: EvaluationSettings,
+    trained: Params,
+    version: int,
+    step: int,
+    reward_model: Ensemble | None,
+) -> tuple[dict[str, float], Iterator[dict[str, Any]]]:
+    """Measures a policy in all the ways that a run's settings ask for.
+
+    Args:
+      evaluation: Evaluation.
+      settings: EvaluationSettings.
+      trained: the trained part of the policy's parameters.
+      version: how many policy steps made them.
+      step: training step; at 0 the policy is the initial one.
+      reward_model: the ERM, where it is to choose the best of n; None: not now.
+
+    Returns:
+      Metrics, and what samples.jsonl holds.
+    """
+    start = time.perf_counter()
+    now = evaluation.greedy(trained, version) if step else evaluation.initial
+    row, probability = measure(evaluation, now, "rm")
+    if settings.against_references:
+        row |= measure_against_references(evaluation, now, "rm")
+    if settings.best_of_n and reward_model is not None:
+        row |= measure(evaluation, evaluation.best_of_n(trained, reward_model, version), "bon")[0]
+    row |= {
+        "eval/initial_response_length": float(evaluation.initial.lengths.mean()),
+        "eval/elapsed_time": time.perf_counter() - start,
+    }
+    return row, samples(evaluation, now, probability, step)
 
 
 def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[dict[str, float], np.ndarray]:
@@ -189,7 +242,7 @@ def samples(
     Args:
       evaluation: Evaluation.
       responses: to the held-out prompts.
-      probability: P(response wins), one for each.
+      probability: P(response wins), one for each; NaN where there is no answer.
       step: training step.
 
     Yields:
@@ -204,12 +257,15 @@ def samples(
             "reference": record["reference"],
             "initial": initial,
             "response": text,
-            "win_probability": float(p),
-        }
+        } | ({} if np.isnan(p) else {"win_probability": float(p)})
 
 
 def compare(
-    preference: Preference, prompts: Sequence[str], responses: Sequence[str], opponents: Sequence[str]
+    preference: Preference,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    opponents: Sequence[str],
+    swapped: np.ndarray,
 ) -> tuple[Interval, np.ndarray]:
     """Returns the share of prompts where the oracle, free of noise, prefers a response over its opponent's.
 
@@ -218,16 +274,23 @@ def compare(
       prompts: N.
       responses: N.
       opponents: N.
+      swapped: [N] bool, pairs that are shown with the opponent first.
 
     Returns:
-      The win rate with its 95% interval over prompts, ties counting half, and P(response wins) [N].
+      The win rate over the prompts that are answered, with its 95% interval, ties counting half; and P(response wins) [N],
+      NaN where there is no answer.
 
     Raises:
-      ValueError: the preference returns what is no probability, or not one for each pair.
+      ValueError: an answer cannot be used, see `preferences.answers`, or there is none at all.
     """
-    differ = [i for i, (a, b) in enumerate(zip(responses, opponents, strict=True)) if a != b]
-    probability = np.full(len(prompts), 0.5)  # the same text is a tie: nobody needs to be asked
-    if differ:
-        asked = ([texts[i] for i in differ] for texts in (prompts, responses, opponents))
-        probability[differ] = preferences.probabilities(preference, *asked)
-    return win_rate((np.sign(probability - 0.5) + 1) / 2), probability
+    differ = np.array([a != b for a, b in zip(responses, opponents, strict=True)], bool)
+    probability = np.where(differ, np.nan, 0.5)  # the same text is a tie: nobody needs to be asked
+    asked = np.flatnonzero(differ)
+    if len(asked):
+        shown, first, second = ([texts[i] for i in asked.tolist()] for texts in (prompts, responses, opponents))
+        for rows, known in answers(preference, shown, first, second, swapped[asked]):
+            probability[asked[rows]] = known
+    decided = probability[~np.isnan(probability)]
+    if not len(decided):
+        raise ValueError(f"the oracle was asked about {len(asked)} pairs of an evaluation and answered none")
+    return win_rate((np.sign(decided - 0.5) + 1) / 2), probability

@@ -1,6 +1,7 @@
 """What the ERM sees of a response: hidden states of a transformer that is never trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,70 @@ from sea_jax.models import deberta, decoder, encoder, partition, tokenizer
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.policy import Policy
+from sea_jax.settings import AT_LEAST_1, DTYPE, NOT_NEGATIVE, naming, setting
 from sea_jax.types import AnyArray, Array, Candidates, Params, Prompts
 
 Texts = Sequence[Sequence[str]]  # B lists of M responses
 Featurize = Callable[[Mapping[str, Any], Candidates, Texts], Float32[Array, "B M d"]]
 """A batch of prompts, its candidates and their texts -> features."""
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What the ERM sees."""
+
+    trunk: str = setting(
+        "", '"": hidden states of the reference policy; else an encoder that reads prompt and response'
+    )
+    trunk_dtype: str = setting("float32", "compute dtype of the trunk", DTYPE)
+    trunk_batch_size: int = setting(16, "texts that the trunk reads at a time", AT_LEAST_1)
+    feature_layer: int = setting(
+        0, "behind this many layers of the reference policy; 0: behind the last norm", NOT_NEGATIVE
+    )
+    standardise: bool = setting(
+        True, "features by their spread among the first responses; neither the paper nor its code does"
+    )
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for everything that does not go together."""
+        if self.trunk and self.feature_layer:
+            yield (
+                f"config.erm.feature_layer={self.feature_layer}: features come from erm.trunk={self.trunk}; "
+                "set one of them"
+            )
+
+
+def build(
+    settings: FeatureSettings, policy: Policy, *, dtype: str, read_by_sampler: bool, batch_size: int
+) -> Featurize:
+    """Returns where the ERM's features come from.
+
+    Args:
+      settings: FeatureSettings.
+      policy: Policy.
+      dtype: the policy's compute dtype.
+      read_by_sampler: the sampler in this process writes, which reads features on its way through frozen layers.
+      batch_size: the reference policy reads the responses to so many prompts at a time; 0: to all of a batch.
+    """
+    if settings.trunk:
+        with naming("erm.trunk", settings.trunk):
+            return of_trunk(settings.trunk, dtype=settings.trunk_dtype, batch_size=settings.trunk_batch_size)
+    if policy.features_are_frozen and read_by_sampler:
+        return from_sampler
+    reference = decoder.join(policy.frozen, policy.reference)
+    return of_reference(
+        reference, policy.config, feature_stack=policy.feature_stack, dtype=dtype, batch_size=batch_size
+    )
+
+
+def width(settings: FeatureSettings, policy: Policy) -> int:
+    """Returns d, the width of the ERM's features: the hidden size of whatever is read."""
+    if not settings.trunk:
+        return policy.config.d_model
+    with naming("erm.trunk", settings.trunk):
+        return trunk_width(settings.trunk)
+
 
 BUCKET = 64  # tokens; sequences of a trunk are padded to a multiple of it
 
@@ -138,12 +198,7 @@ def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Fe
     params = partition.put(loaded.params, hf.abstract(config), dtype)
 
     @jax.jit
-    def features(
-        params: Params,
-        tokens: _Tokens,
-        valid: _Valid,
-        marks: _Places,
-    ) -> Float32[Array, "b d"]:
+    def features(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float32[Array, "b d"]:
         tokens, valid, marks = partition.batches((tokens, valid, marks))
         return partition.whole(read(params, tokens, valid, marks).astype(jnp.float32))
 
@@ -193,12 +248,7 @@ def _of_response_mean(
             rows.append((kept + response_ids, (len(kept), len(kept) + len(response_ids))))
         return rows
 
-    def read(
-        params: Params,
-        tokens: _Tokens,
-        valid: _Valid,
-        marks: _Places,
-    ) -> Float32[Array, "b d"]:
+    def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float32[Array, "b d"]:
         position = jnp.arange(tokens.shape[1])
         in_response = (position >= marks[:, :1]) & (position < marks[:, 1:])
         types = in_response.astype(jnp.int32)
@@ -231,12 +281,7 @@ def _of_prefix_tokens(
             rows.append((prompt_ids + response_ids, marks))
         return rows
 
-    def read(
-        params: Params,
-        tokens: _Tokens,
-        valid: _Valid,
-        marks: _Places,
-    ) -> Float[Array, "b d"]:
+    def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float[Array, "b d"]:
         hidden = deberta.apply(params, config, tokens, valid, dtype=dtype)
         return jnp.take_along_axis(hidden, marks[..., None], axis=1).reshape(len(tokens), -1)
 

@@ -93,7 +93,7 @@ def read_run(workdir: Path) -> Run:
         measured = [line for line in metrics if win_rate in line]
         needed = (QUERIES, GRADIENT_STEPS, f"{win_rate}_low", f"{win_rate}_high", LENGTH, INITIAL_LENGTH)
         _require(paths["metrics.jsonl"], measured, needed)
-    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event") != "ask"]
+    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event") not in ("ask", "abstention")]
     _require(paths["queries.jsonl"], labels, ("counted",))
     samples = read_lines(paths["samples.jsonl"])
     _require(paths["samples.jsonl"], samples, SAMPLE_FIELDS)

@@ -18,38 +18,56 @@ from jaxtyping import Float32, Int32
 from sea_jax import losses
 from sea_jax.models import decoder, logprobs, partition
 from sea_jax.models.config import ModelConfig
+from sea_jax.settings import AT_LEAST_1, BELOW_1, FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
 
 
 @dataclass(frozen=True)
-class LearnerConfig:
-    """How the policy is optimised; the defaults are the paper's.
+class LearnerSettings:
+    """How the policy is optimised: Adam on a schedule."""
+
+    learning_rate: float = setting(5e-7, "peak", POSITIVE, source="paper, App. F")
+    warmup_fraction: float = setting(
+        0.03,
+        "share of the policy steps with a linear rise, the first already above 0",
+        FRACTION,
+        source="paper, App. F",
+    )
+    final_fraction: float = setting(0.1, "the cosine ends at this share of the peak", FRACTION, source="authors' code")
+    b1: float = setting(0.9, "Adam's first decay", BELOW_1, source="paper, App. F")
+    b2: float = setting(0.95, "Adam's second decay", BELOW_1, source="paper, App. F")
+    weight_decay: float = setting(0.0, "decoupled", NOT_NEGATIVE, source="paper, App. F")
+    clip_norm: float = setting(
+        1.0, "global gradient norm above which gradients are scaled down", POSITIVE, source="paper, App. F"
+    )
+    microbatch_size: int = setting(
+        8, "pairs whose activations are held at a time; divides data.batch_size", AT_LEAST_1, unit="pairs"
+    )
+    remat: bool = setting(True, "recompute activations of each layer in the backward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig(LearnerSettings):
+    """The settings with what a run adds to them; static under jit.
 
     Attributes:
-      learning_rate: peak.
       total_steps: policy steps over which the schedule runs.
-      warmup_fraction: share of the steps with a linear rise, the first step already above 0.
-      final_fraction: the cosine ends at this share of the peak.
-      b1: Adam's first decay.
-      b2: Adam's second decay.
-      weight_decay: decoupled.
-      clip_norm: global gradient norm above which gradients are scaled down.
-      microbatch_size: pairs whose activations are held at a time; divides the batch.
-      remat: recompute activations of each layer in the backward pass.
       dtype: compute dtype.
     """
 
-    learning_rate: float = 5e-7
-    total_steps: int = 1000
-    warmup_fraction: float = 0.03
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    microbatch_size: int = 16
-    remat: bool = False
-    dtype: str = "float32"
+    total_steps: int
+    dtype: str
+
+
+def configured(settings: LearnerSettings, *, total_steps: int, dtype: str) -> LearnerConfig:
+    """Returns how a run optimises the policy.
+
+    Args:
+      settings: LearnerSettings.
+      total_steps: policy steps over which the schedule runs.
+      dtype: compute dtype.
+    """
+    return LearnerConfig(**vars(settings), total_steps=total_steps, dtype=dtype)
 
 
 @struct.dataclass
@@ -206,24 +224,13 @@ def accumulated(
     Returns:
       (gradient, tree), as `gradient` returns them for the whole batch up to rounding.
     """
-    count = jax.tree.leaves(batch)[0].shape[0] // microbatch_size
 
     def stored(microbatch: Any) -> tuple[Params, Any]:
         of_trained, beside = gradient(microbatch)
         return partition.as_stored(of_trained, specs), beside
 
-    if count == 1:
-        return stored(batch)
-
-    def add(carry: tuple[Params, Any], microbatch: Any) -> tuple[tuple[Params, Any], None]:
-        return jax.tree.map(jnp.add, carry, stored(microbatch)), None
-
-    # Every count-th row to a microbatch: each then has rows of every device that the batch is divided over.
-    microbatches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(stored, jax.tree.map(lambda x: x[0], microbatches))
-    of_trained, beside = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums, _ = jax.lax.scan(add, (partition.as_stored(of_trained, specs), beside), microbatches)
-    return sums
+    # Every count-th row goes to a microbatch: each then has rows of every device that the batch is divided over.
+    return optax.microbatch(stored, argnums=0, microbatch_size=microbatch_size)(batch)
 
 
 @partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))

@@ -5,7 +5,9 @@ probability that the first response wins, so that a new loss needs no case of it
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float32
 
+from sea_jax.settings import one_of_or_user, setting, user_function
 from sea_jax.types import Array, Loss, PairLogps
 
 Losses = Float32[Array, " B"]
@@ -70,10 +73,39 @@ def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3)
     return -jax.nn.log_sigmoid(beta * (margin - gamma_over_beta))
 
 
-LOSSES: Mapping[str, Callable[..., Array]] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
+LABELS = "labels"  # the parameter of a loss that takes labels itself
+LOSSES: Mapping[str, Loss] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
 
 
-def bind(loss: Callable[..., Losses], hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Losses]:
+@dataclass(frozen=True)
+class LossSettings:
+    """What the policy minimises."""
+
+    name: str = setting("dpo", "direct optimizer by name, or my_module:my_loss", one_of_or_user(LOSSES))
+    beta: float | None = setting(
+        None,
+        "None: the loss's own default",
+        (lambda v: v is None or 0 < v < math.inf, "a finite number above 0, or None for the loss's own default"),
+    )
+    gamma_over_beta: float | None = setting(
+        None,
+        "SimPO's target margin in units of beta; None: its default",
+        (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
+    )
+    length_averaged: bool | None = setting(None, "IPO on length-averaged log-ratios (authors' code)")
+
+
+def build(settings: LossSettings) -> Callable[[PairLogps], Losses]:
+    """Returns the direct optimizer with its hyper-parameters bound.
+
+    Raises:
+      ValueError: there is no such loss, or a hyper-parameter is given that it does not take.
+    """
+    loss = LOSSES[settings.name] if settings.name in LOSSES else user_function(settings.name, "loss.name")
+    return bind(loss, {name: value for name, value in vars(settings).items() if name != "name"})
+
+
+def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Losses]:
     """Fixes a loss's hyper-parameters; those that are None keep the loss's own default.
 
     Args:
@@ -85,7 +117,7 @@ def bind(loss: Callable[..., Losses], hyper_parameters: Mapping[str, Any]) -> Ca
     """
     given = {name: value for name, value in hyper_parameters.items() if value is not None}
     parameters = inspect.signature(loss).parameters
-    takes = list(parameters)[1:]
+    takes = [name for name in list(parameters)[1:] if name != LABELS]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
         if name not in takes and not takes_any:
@@ -109,14 +141,16 @@ def swap(pairs: PairLogps) -> PairLogps:
     )
 
 
-def expected(loss: Loss | Callable[[PairLogps], Losses], pairs: PairLogps, labels: Float32[Array, " B"]) -> Losses:
+def expected(loss: Loss, pairs: PairLogps, labels: Float32[Array, " B"]) -> Losses:
     """Returns the loss expected under soft labels: p loss(first over second) + (1 - p) loss(second over first).
 
     Labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
 
     Args:
-      loss: with its hyper-parameters bound.
+      loss: with its hyper-parameters bound; one that has a parameter `labels` takes them itself, and is not exchanged.
       pairs: log-probs with the first response as chosen.
       labels: p, the probability that the first response wins.
     """
+    if LABELS in inspect.signature(loss).parameters:
+        return loss(pairs, labels=labels)
     return labels * loss(pairs) + (1 - labels) * loss(swap(pairs))

@@ -19,16 +19,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sea_jax import config as configuration
-from sea_jax import ensemble, features, learner, wiring
+from sea_jax import ensemble, features, learner, losses, policy_logprobs, preflight, wiring
 from sea_jax.actors import generation
 from sea_jax.actors.responder import COMPARED
+from sea_jax.config import RunSettings
 from sea_jax.data import batching
+from sea_jax.features import FeatureSettings
 from sea_jax.models import deberta, decoder, encoder, partition, reward
 from sea_jax.models.checkpoints import hf, published
 from sea_jax.models.checkpoints.config_json import from_hf
@@ -200,7 +201,7 @@ def compiled(name: str, step: Callable[[], Any], platform: str, cache_bytes: int
     return Step(name, temporary, cache_bytes, time.perf_counter() - start)
 
 
-def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, int], list[Step]]:
+def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]]:
     """Returns what a run holds on each device, and what its steps need besides.
 
     Args:
@@ -215,13 +216,13 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     """
     with naming("policy.source", config.policy.source):
         model = check_language_model(describe(config.policy.source))
-    wiring.check_mesh(config, mesh, model, describe)
+    preflight.check_mesh(config, mesh, model, describe)
     platform = mesh.devices.flat[0].platform
     cut = divide_layers(model, config.policy.train_last_layers, config.erm.feature_layer)
     frozen_specs, trained_specs = decoder.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
     trained = partition.abstract(trained_specs)
     frozen, reference = (partition.abstract(part, config.policy.dtype) for part in (frozen_specs, trained_specs))
-    how = wiring.learner_config(config.learner, config.policy.dtype, total_steps=1000)
+    how = learner.configured(config.learner, total_steps=1000, dtype=config.policy.dtype)
     state = learner_of(trained, how, mesh)
     held = {
         "policy parameters": bytes_per_device(trained) + bytes_per_device(frozen),
@@ -251,11 +252,11 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
         labels=shape(jnp.float32, rows),
         weights=shape(jnp.float32, rows),
     )
-    loss = wiring.loss(config.loss)
+    loss = losses.build(config.loss)
     train = functools.partial(
         learner.update.lower, state, frozen, reference, pairs, loss=loss, config=model, learner_config=how
     )
-    drawn = generation.SamplingConfig(
+    drawn = generation.GenerationConfig(
         num_samples=sampling.num_samples,
         max_new_tokens=sampling.max_new_tokens,
         eos_ids=(0,),
@@ -269,13 +270,13 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     many = dataclasses.replace(drawn, num_samples=config.eval.best_of_n, max_new_tokens=config.eval.max_new_tokens)
     key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
-    def writing(name: str, rows: int, how: generation.SamplingConfig) -> Step:
+    def writing(name: str, rows: int, how: generation.GenerationConfig) -> Step:
         lower = functools.partial(
             generation.generate.lower, decoder.join(frozen, trained), prompts(rows), key, config=model, sampling=how
         )
         return compiled(name, lower, platform, cache_bytes(model, how, rows, bucketed, mesh))
 
-    def reading(name: str, how: generation.SamplingConfig) -> Step:
+    def reading(name: str, how: generation.GenerationConfig) -> Step:
         lower = functools.partial(
             features.response_features.lower,
             decoder.join(frozen, reference),
@@ -300,7 +301,13 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
             held["policy copy for the engine"] = bytes_per_device(trained)
         compared = written(rows, min(COMPARED, drawn.num_samples), drawn.max_new_tokens)
         check = functools.partial(
-            wiring.logprobs.lower, frozen, trained, prompts(rows), *compared, config=model, dtype=drawn.dtype
+            policy_logprobs.token_logprobs.lower,
+            frozen,
+            (trained,),
+            prompts(rows),
+            *compared,
+            config=model,
+            dtype=drawn.dtype,
         )
         steps.append(compiled("log-prob check", check, platform))
 
@@ -314,7 +321,7 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
         steps.append(reading("features", drawn))
         if many.num_samples:
             steps.append(reading("best-of-N features", many))
-    erm = wiring.ensemble_config(config.erm)
+    erm = config.erm
     replay = jax.eval_shape(functools.partial(empty_replay, wiring.replay_capacity(config), width))
     replay = partition.abstract_batches(replay)
     heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), mesh)
@@ -335,12 +342,12 @@ def measure(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[dict[str, in
     return held, steps
 
 
-def cache_bytes(model: ModelConfig, how: generation.SamplingConfig, prompts: int, length: int, mesh: Mesh) -> int:
+def cache_bytes(model: ModelConfig, how: generation.GenerationConfig, prompts: int, length: int, mesh: Mesh) -> int:
     """Returns the bytes of keys and values on each device while responses are written.
 
     Args:
       model: the policy's configuration.
-      how: SamplingConfig.
+      how: GenerationConfig.
       prompts: B.
       length: P, tokens of a prompt.
       mesh: the mesh.
@@ -350,14 +357,12 @@ def cache_bytes(model: ModelConfig, how: generation.SamplingConfig, prompts: int
     return tokens * per_token // mesh.size
 
 
-def trunk_step(
-    trunk: Config, config: ml_collections.ConfigDict, shape: Callable[..., Any]
-) -> tuple[int, Callable[[], Any], int]:
+def trunk_step(trunk: Config, config: FeatureSettings, shape: Callable[..., Any]) -> tuple[int, Callable[[], Any], int]:
     """Returns an ERM trunk's bytes on each device, what lowers its forward pass, and the width of its features.
 
     Args:
       trunk: the trunk's configuration.
-      config: the `erm` part of a configuration.
+      config: FeatureSettings.
       shape: dtype and sizes -> a shape that is whole on every device.
     """
     params = partition.abstract(hf.abstract(trunk), config.trunk_dtype)
@@ -405,8 +410,10 @@ def _gb(size: int) -> str:
 
 def main() -> None:
     """Reads the flags, compiles and prints."""
-    config = console.CONFIG.value
-    configuration.validate(config)
+    if console.HELP_CONFIG.value:
+        print(configuration.table(configuration.unchecked(console.CONFIG.value)))
+        return
+    config = configuration.resolve(console.CONFIG.value)
     target = TARGET.value
     found = devices(target, DEVICES.value)
     mesh = make_mesh(config.mesh, found)

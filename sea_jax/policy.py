@@ -12,11 +12,20 @@ from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import Config, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.runtime import cache, processes
-from sea_jax.settings import naming
+from sea_jax.settings import DTYPE, GIVEN, NOT_NEGATIVE, naming, setting
 from sea_jax.types import Params
 
 FINGERPRINT_FILE = "policy_id"  # file in the work directory
 NUMBERS_READ = 4096  # of each parameter, for its fingerprint
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which model learns, and how much of it."""
+
+    source: str = setting("", "directory in Hugging Face format, hub name, builtin:NAME or cache:NAME", GIVEN)
+    train_last_layers: int = setting(0, "train the last n layers and the last norm; 0: everything", NOT_NEGATIVE)
+    dtype: str = setting("bfloat16", "compute dtype; parameters and Adam's moments stay float32", DTYPE)
 
 
 @dataclass(frozen=True)

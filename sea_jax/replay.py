@@ -1,12 +1,24 @@
 """What has been labelled: a replay of cached features for the ERM."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from sea_jax.models import partition
+from sea_jax.settings import AT_LEAST_1, setting
 from sea_jax.types import Array
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """How much is remembered."""
+
+    replay_capacity: int = setting(
+        50_000, "pairs kept, first in, first out", AT_LEAST_1, unit="pairs", source="authors' code"
+    )
 
 
 @struct.dataclass

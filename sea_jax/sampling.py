@@ -5,15 +5,42 @@ tell an oracle nothing, so a rule picks among the distinct pairs wherever there 
 The rules named _oat are those of the authors' code (https://github.com/sail-sg/oat) where it departs from the paper.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray
 
+from sea_jax.settings import user_function
 from sea_jax.types import Array, Duel, DuelRule
 
 NEVER = -jnp.inf
+
+# What a rule may see besides rewards and distinct, by the names of its keyword-only parameters.
+SEES: Mapping[str, str] = {
+    "logprobs": "[B, M] of each response under the newest policy, summed over its tokens",
+    "reference_logprobs": "[B, M] the same under the reference policy",
+    "lengths": "[B, M] tokens of each response",
+    "features": "[B, M, d] what the ERM sees",
+}
+
+
+def seen_by(rule: Callable[..., Any], field: str) -> frozenset[str]:
+    """Returns which of `SEES` a rule asks for, by its keyword-only parameters.
+
+    Args:
+      rule: a function of rewards, distinct and key.
+      field: the config field that names it and its value, for the error.
+
+    Raises:
+      ValueError: it asks for something else.
+    """
+    asked = [each for each in inspect.signature(rule).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    if unknown := [each.name for each in asked if each.default is each.empty and each.name not in SEES]:
+        raise ValueError(f"config.{field}: it asks for {', '.join(unknown)}; a rule can see {', '.join(SEES)}")
+    return frozenset(each.name for each in asked if each.name in SEES)
 
 
 def _random_head(rewards: Float32[Array, "K B M"], key: PRNGKeyArray) -> Float32[Array, "B M"]:
@@ -28,7 +55,7 @@ def _differs_from(distinct: Bool[Array, "B M M"], first: Int[Array, " B"]) -> Bo
     return jnp.take_along_axis(distinct, first[:, None, None], axis=1)[:, 0]
 
 
-def _best_pair(score: Float32[Array, "B M M"], distinct: Bool[Array, "B M M"]) -> Duel:
+def best_pair(score: Float32[Array, "B M M"], distinct: Bool[Array, "B M M"]) -> Duel:
     """The distinct pair with the highest score."""
     num_candidates = score.shape[-1]
     best = jnp.where(distinct, score, NEVER).reshape(score.shape[0], -1).argmax(-1).astype(jnp.int32)
@@ -112,13 +139,13 @@ def bai_ts_oat(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"],
 
 def uncertainty(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """Pure exploration: the pair whose logit difference the heads dispute most (SEA paper, App. G.1); needs no key."""
-    return _best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
+    return best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
 
 
 def max_margin(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """The pair that a random head tells apart most: first its best, then its worst."""
     reward = _random_head(rewards, key)
-    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+    return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
 def best_against_worst(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
@@ -133,7 +160,7 @@ def best_against_worst(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "
       Duel, [B]; the first is the better one under the mean.
     """
     reward = rewards.mean(0)
-    return _best_pair(reward[:, :, None] - reward[:, None, :], distinct)
+    return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
 RULES: Mapping[str, DuelRule] = {
@@ -147,6 +174,17 @@ RULES: Mapping[str, DuelRule] = {
     "bai_ts_logits": bai_ts_logits,
     "bai_ts_oat": bai_ts_oat,
 }
+
+
+def build(name: str) -> DuelRule:
+    """Returns a duel rule, jitted: one of RULES, or my_module:my_rule.
+
+    Raises:
+      ValueError: there is no such rule, or it asks for what no rule can see.
+    """
+    rule = RULES[name] if name in RULES else user_function(name, "exploration.rule")
+    seen_by(rule, f"exploration.rule={name}")
+    return jax.jit(rule)
 
 
 def best_of_n(rewards: Float32[Array, "K B N"]) -> Int32[Array, " B"]:

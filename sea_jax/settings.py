@@ -1,5 +1,6 @@
-"""What a setting may be, and how a fault names its field."""
+"""What a setting is: one field of a frozen dataclass that says its default, unit, source and range, beside what it sets."""
 
+import dataclasses
 import importlib
 import math
 import urllib.parse
@@ -9,16 +10,73 @@ from typing import Any
 
 Check = tuple[Callable[[Any], bool], str]
 
+ANY: Check = (lambda v: True, "")
 POSITIVE: Check = (lambda v: 0 < v < math.inf, "a finite number above 0")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "0 or more")
 AT_LEAST_1: Check = (lambda v: v >= 1, "1 or more")
 FRACTION: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
+BELOW_1: Check = (lambda v: 0 <= v < 1, "a number from 0 to below 1")
 GIVEN: Check = (lambda v: bool(v), "a non-empty text")
 DTYPE: Check = (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16")
 URLS: Check = (
     lambda v: all(is_http(url) for url in addresses(v)),
     "http:// or https:// URLs with a host and without a path, separated by commas",
 )
+
+NOT_THERE = dataclasses.MISSING  # of a value that older versions had: the default
+
+
+def setting(
+    default: Any, says: str, must: Check = ANY, *, unit: str = "", source: str = "", before: Any = NOT_THERE
+) -> Any:
+    """Returns a field of a dataclass of settings.
+
+    Args:
+      default: the only one there is.
+      says: what the setting is, in a line.
+      must: what it may be.
+      unit: of a number.
+      source: where the default comes from.
+      before: what a run that was begun before there was the setting did; the default where it is not given.
+    """
+    told = {
+        "says": says,
+        "must": must,
+        "unit": unit,
+        "source": source,
+        "before": default if before is NOT_THERE else before,
+    }
+    return dataclasses.field(default=default, metadata=told)
+
+
+def section(settings: type) -> Any:
+    """Returns a field that holds the settings of a part."""
+    return dataclasses.field(default_factory=settings)
+
+
+def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yields every setting with its dotted name and its value."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
+
+
+def faults(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Yields a line for every value that cannot work: its name, what was found, what would do.
+
+    A part with a method `faults` adds lines about its settings together.
+    """
+    for name, field, value in walk(settings, prefix):
+        holds, wanted = field.metadata["must"]
+        if not holds(value):
+            yield f"config.{name}={value!r}: must be {wanted}"
+    for field in dataclasses.fields(settings):
+        part = getattr(settings, field.name)
+        if hasattr(part, "faults"):
+            yield from part.faults()
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from pathlib import Path
 import grain
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from absl import flags, logging
 
 from sea_jax import config as configuration
-from sea_jax import learner, wiring
-from sea_jax.data.prompts import Rendered, collate
+from sea_jax import learner
+from sea_jax.config import SftSettings
+from sea_jax.data.prompts import Rendered, collate, load_prompts
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
@@ -172,11 +172,11 @@ def _batches(
     return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate_pairs))
 
 
-def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
+def fine_tune(config: SftSettings, output: Path) -> None:
     """Fine-tunes a policy on references and writes it as a Hugging Face directory.
 
     Args:
-      config: a configuration that `config.validate` accepts.
+      config: SftSettings.
       output: where the model goes; an older one that was made here is replaced.
 
     Raises:
@@ -187,7 +187,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     if output.exists() and any(output.iterdir()) and not (output / RECIPE).exists():
         raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
     policy = load_policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
-    train_prompts, heldout_prompts = wiring.prompts(config.data, policy.tokenizer, config.eval.num_prompts)
+    train_prompts, heldout_prompts = load_prompts(config.data, policy.tokenizer, config.eval.num_prompts)
     limit, words = config.max_response_tokens, policy.tokenizer
     batches = functools.partial(
         _batches,
@@ -201,7 +201,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     heldout_pairs = with_references(heldout_prompts, words, limit)
     heldout_batches = batches(heldout_pairs)
     heldout = [next(heldout_batches) for _ in range(max(1, len(heldout_pairs) // config.data.batch_size))]
-    learner_config = wiring.learner_config(config.learner, config.policy.dtype, config.steps)
+    learner_config = learner.configured(config.learner, total_steps=config.steps, dtype=config.policy.dtype)
     loss = jax.jit(functools.partial(negative_logprob, config=policy.config, learner_config=learner_config))
 
     def heldout_loss(trained: Params) -> float:
@@ -224,7 +224,7 @@ def fine_tune(config: ml_collections.ConfigDict, output: Path) -> None:
     )
 
 
-def _holds(output: Path, config: ml_collections.ConfigDict) -> bool:
+def _holds(output: Path, config: SftSettings) -> bool:
     """Whether a directory holds the model that a configuration makes."""
     recipe = output / RECIPE
     if not recipe.exists():
@@ -234,10 +234,10 @@ def _holds(output: Path, config: ml_collections.ConfigDict) -> bool:
     except ValueError as error:
         logging.warning("%s is not readable (%s): the model is made anew", recipe, error)
         return False
-    return bool(found == json.loads(config.to_json()))
+    return bool(found == json.loads(configuration.to_json(config)))
 
 
-def _write(policy: Policy, trained: Params, config: ml_collections.ConfigDict, output: Path) -> None:
+def _write(policy: Policy, trained: Params, config: SftSettings, output: Path) -> None:
     """Puts a model with its recipe in the output's place when both are complete; what is there stays usable until then."""
     output = output.resolve()  # of a link, what it points to is replaced
     workshop = output.with_name(f".{output.name}.unfinished")  # on the same disk, or it could not be renamed
@@ -245,7 +245,7 @@ def _write(policy: Policy, trained: Params, config: ml_collections.ConfigDict, o
     if workshop.exists():  # a run was killed here
         shutil.rmtree(workshop)
     export_policy(policy, trained, new)
-    files.write_whole(new / RECIPE, config.to_json() + "\n")
+    files.write_whole(new / RECIPE, configuration.to_json(config))
     if output.exists():
         output.replace(old)
     new.replace(output)
@@ -254,8 +254,10 @@ def _write(policy: Policy, trained: Params, config: ml_collections.ConfigDict, o
 
 def main() -> None:
     """Reads the flags and fine-tunes, unless the output holds the same model already."""
-    config = console.CONFIG.value
-    configuration.validate(config)
+    if console.HELP_CONFIG.value:
+        print(configuration.table(configuration.unchecked(console.CONFIG.value)))
+        return
+    config = configuration.resolve_sft(console.CONFIG.value)
     cache.keep_compiled_programs()
     console.prepare_devices()
     output = cache.resolve(config.output)

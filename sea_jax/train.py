@@ -4,8 +4,9 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -14,11 +15,15 @@ from jax.sharding import Mesh
 
 from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax import ensemble, evaluation, learner, report, wiring
+from sea_jax import ensemble, evaluation, learner, losses, report, sampling, wiring
+from sea_jax.actors.generation import texts_of
 from sea_jax.actors.responder import resumable
+from sea_jax.config import RunSettings
 from sea_jax.data.prompts import training_batches
 from sea_jax.models.mesh import make_mesh
+from sea_jax.oracles import oracle
 from sea_jax.policy import check_fingerprint
+from sea_jax.policy_logprobs import under_policy_and_reference
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
 from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
@@ -31,31 +36,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs SEA until the budget of queries is spent, or goes on where the work directory stopped.
 
     Args:
-      config: a configuration that `config.validate` accepts.
+      config: what a configuration file returns.
       workdir: where everything is written.
 
     Raises:
       ValueError: a field, a file or the work directory does not fit; nothing has been spent then.
       NotFiniteError: a metric is not finite.
     """
-    configuration.validate(config)
-    mesh = make_mesh(config.mesh)
-    config = config.copy_and_resolve_references()
-    config.mesh = tuple(mesh.shape.values())  # what -1 stood for, so that a run goes on where it fits
+    settings = configuration.resolve(config)
+    mesh = make_mesh(settings.mesh)
+    data, fsdp, tensor = mesh.shape.values()
+    settings = replace(settings, mesh=(data, fsdp, tensor))  # what -1 stood for, so that a run goes on where it fits
     with jax.set_mesh(mesh):
-        train_on(mesh, config, workdir)
+        train_on(mesh, settings, workdir)
 
 
-def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> None:
+def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
     """Runs SEA on a mesh that is set; everything else as in `train`.
 
     Args:
       mesh: the mesh.
-      config: a configuration that `config.validate` accepts.
+      config: this run's settings.
       workdir: where everything is written.
     """
     # ----------------------------------------------------------------------------------------- Work directory, rule and loss
-    rule, loss = wiring.rule(config.exploration.rule), wiring.loss(config.loss)
+    fill, loss = wiring.method(config), losses.build(config.loss)
     check_workdir(workdir, config)
     begin = time.perf_counter()
     root = jax.random.key(config.seed)
@@ -64,8 +69,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
     parts = wiring.parts(config, mesh)
     policy = parts.policy
     total_steps = policy_steps(config)
-    learner_config = wiring.learner_config(config.learner, config.policy.dtype, total_steps)
-    ensemble_config = wiring.ensemble_config(config.erm)
+    learner_config = learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype)
     batch_size = config.data.batch_size
     batches = training_batches(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
@@ -80,15 +84,18 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
     ):
-        agent = sea.Agent(
+        passive = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
-            texts=wiring.texts(policy.tokenizer),
+            texts=texts_of(policy.tokenizer),
             features=parts.features,
-            rule=rule,
-            oracle=wiring.oracle(config.oracle, parts.preference),
+            logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
+            rule=sampling.passive,
+            assign=sea.all_to_oracle,
+            oracle=oracle.oracle(config.oracle, parts.preference),
             ledger=ledger,
-            learn_rewards=jax.jit(functools.partial(ensemble.update, config=ensemble_config)),
+            learn_rewards=jax.jit(functools.partial(ensemble.update, config=config.erm)),
+            lessons=sea.labelled_duels,
             learn_policy=lambda state, pairs: learner.update(
                 state,
                 policy.frozen,
@@ -98,9 +105,10 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                 config=policy.config,
                 learner_config=learner_config,
             ),
-            exploration=sea.ExplorationConfig(max_queries=config.max_queries, **exploration_fields(config)),
+            max_queries=config.max_queries,
             standardise=config.erm.standardise,
         )
+        agent = fill(passive, policy)
 
         # ---------------------------------------------------------------------------------------------------------- Resume
         restored = None
@@ -114,22 +122,13 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
         heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
-            start = time.perf_counter()
-            trained = state.learner.trained
-            version = int(state.learner.step)
-            now = heldout.greedy(trained, version) if state.step else heldout.initial
-            row, probability = evaluation.measure(heldout, now, "rm")
-            for sample in evaluation.samples(heldout, now, probability, state.step):
+            chooser = state.ensemble if state.queries >= config.max_queries else None
+            row, samples = evaluation.evaluate(
+                heldout, config.eval, state.learner.trained, int(state.learner.step), state.step, chooser
+            )
+            for sample in samples:
                 writer.sample(sample)
-            if config.eval.against_references:
-                row |= evaluation.measure_against_references(heldout, now, "rm")
-            if state.queries >= config.max_queries and config.eval.best_of_n:
-                row |= evaluation.measure(heldout, heldout.best_of_n(trained, state.ensemble, version), "bon")[0]
-            initial_length = float(heldout.initial.lengths.mean())
-            return row | {
-                "eval/initial_response_length": initial_length,
-                "eval/elapsed_time": time.perf_counter() - start,
-            }
+            return row
 
         def save(state: sea.State) -> None:
             responder.settle()
@@ -150,7 +149,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
             idle_steps, stopping, save_due = 0, False, False
             while state.queries < config.max_queries and not stopping:
                 queries_before, start = state.queries, time.perf_counter()
-                state, row = sea.step(agent, state, jax.random.fold_in(root, state.step + 1))
+                state, row = sea.step(agent, state, sea.step_key(root, state.step))
                 row |= {"misc/step_time": time.perf_counter() - start} | counters(state)
                 metrics.check_finite(row, state.step, last_checkpoint(checkpoints))
                 done = state.queries >= config.max_queries
@@ -165,12 +164,7 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
                     save(state)
                     save_due = False
                 idle_steps = 0 if row["explorer/pairs"] else idle_steps + 1
-                if idle_steps == MAX_IDLE_STEPS:
-                    raise ValueError(
-                        f"no pair in {MAX_IDLE_STEPS} steps up to step {state.step}: the candidates of every prompt are the "
-                        "same text. The policy has collapsed: lower config.learner.learning_rate, or raise "
-                        "config.sampling.temperature or config.loss.beta, and start anew"
-                    )
+                check_idle(idle_steps, row, state.step)
 
     if stopping:
         logging.warning("stopped at step %d and saved; the same command goes on from there", state.step)
@@ -186,20 +180,33 @@ def train_on(mesh: Mesh, config: ml_collections.ConfigDict, workdir: Path) -> No
 MAX_IDLE_STEPS = 20  # steps without a pair after which a run gives up
 
 
-def exploration_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the fields of `exploration` but the rule's name."""
-    return {name: value for name, value in config.exploration.items() if name != "rule"}
-
-
-def policy_steps(config: ml_collections.ConfigDict) -> int:
-    """Returns how many policy steps the budget will take, for the learning rate's schedule.
+def check_idle(idle_steps: int, row: Mapping[str, float], step: int) -> None:
+    """Ends a run that cannot go on by itself.
 
     Args:
-      config: a whole configuration.
+      idle_steps: steps in a row without a labelled pair.
+      row: metrics of the last of them.
+      step: its number.
 
-    Returns:
-      The number expected if every prompt has two different candidates.
+    Raises:
+      ValueError: there were MAX_IDLE_STEPS.
     """
+    if idle_steps < MAX_IDLE_STEPS:
+        return
+    if row["explorer/unanswered"]:
+        raise ValueError(
+            f"no answer in {MAX_IDLE_STEPS} steps up to step {step}: the oracle was asked and said nothing. Nothing was "
+            "counted; see what keeps it, and start the same command again"
+        )
+    raise ValueError(
+        f"no pair in {MAX_IDLE_STEPS} steps up to step {step}: the candidates of every prompt are the same text. The policy "
+        "has collapsed: lower config.learner.learning_rate, or raise config.sampling.temperature or config.loss.beta, and "
+        "start anew"
+    )
+
+
+def policy_steps(config: RunSettings) -> int:
+    """Returns how many policy steps the budget will take if every prompt has two different candidates, for the schedule."""
     burnt, batch = min(config.exploration.burn_in_queries, config.max_queries), config.data.batch_size
     oracle_steps = burnt / batch + (config.max_queries - burnt) / (batch * config.exploration.gamma)
     planned = max(config.max_queries - config.exploration.planning_after_queries, 0) / config.max_queries
@@ -229,6 +236,9 @@ def progress_values(row: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Reads the flags and trains."""
+    if console.HELP_CONFIG.value:
+        print(configuration.table(configuration.unchecked(console.CONFIG.value)))
+        return
     config = console.CONFIG.value
     cache.keep_compiled_programs()
     console.prepare_devices()

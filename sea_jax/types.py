@@ -4,14 +4,14 @@ Letters of all annotations: B prompts, M candidates, K heads, P prompt tokens, T
 d features, V vocabulary, L layers, N texts, pairs or rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Bool, Float32, Float64, Int32
+from jaxtyping import Bool, Float32, Float64, Int, Int32
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # of the devices or of the host
@@ -91,49 +91,68 @@ class PreferenceBatch:
 
 
 class Judgement(NamedTuple):
-    """What an oracle says of N duels.
+    """Answers to some of the N duels that an oracle was asked about.
 
     Attributes:
+      rows: which of the N are answered.
       probability: that the first response wins, before any noise.
       label: in [0, 1], the label that is paid for and learnt from.
     """
 
-    probability: Float64[np.ndarray, " N"]
-    label: Float64[np.ndarray, " N"]
+    rows: Int[np.ndarray, " n"]
+    probability: Float64[np.ndarray, " n"]
+    label: Float64[np.ndarray, " n"]
 
 
-class Loss(Protocol):
-    """A direct optimizer: `loss(pairs, **hyper_parameters)` -> [B]."""
+Loss = Callable[..., Array]
+"""A direct optimizer: `loss(pairs: PairLogps, **hyper_parameters)` -> [B], of a chosen response over a rejected one.
 
-    def __call__(self, pairs: PairLogps, /, **hyper_parameters: Any) -> Array: ...
+A loss with a parameter `labels` is given the pairs as they were compared, the first response as `chosen`, and in `labels` the
+probability [B] that it wins; for all others `losses.expected` takes care of soft labels.
+"""
 
+DuelRule = Callable[..., Duel]
+"""Picks the duel: `rule(rewards [K, B, M], distinct [B, M, M], key)` -> Duel.
 
-class DuelRule(Protocol):
-    """Picks the duel: `rule(rewards [K, B, M], distinct [B, M, M], key)` -> Duel."""
-
-    def __call__(self, rewards: Array, distinct: Array, key: Array, /) -> Duel: ...
+`distinct[b, i, j]` says that the texts of candidates i and j differ: two identical texts tell an oracle nothing. A rule with
+keyword-only parameters of the names in `sampling.SEES` is given these too; what no rule asks for is not computed.
+"""
 
 
 class Preference(Protocol):
-    """The noise-free taste behind an oracle: N prompts and two responses each -> [N] P(first wins).
+    """The noise-free taste behind an oracle: N prompts and two responses each -> P(first wins) of each pair.
+
+    What is returned is N probabilities, None or NaN where there is no answer; or an iterator of (row, probability), which
+    may come in any order, each one being on disk before the next is awaited, and end before all rows have come.
+
+    The pairs are shown in a random order, and what is answered is turned back. One that looks at a single response at a time
+    has no use for that, and says so by an attribute `pointwise` that is true.
 
     One that has a parameter `keys` (default None) is given the N names of the asks there, where a label is paid for; none
     are given where win rates are measured.
     """
 
-    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> np.ndarray: ...
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> Any: ...
 
 
 class Oracle(Protocol):
-    """Labels N duels: texts in, one `Judgement` out.
+    """Labels N duels: texts in, a `Judgement` out whenever answers come; duels that none is about are not answered.
 
-    A random key per duel, `keys` [N], drives whatever noise there is. `asks` are N names, unique over all runs: a duel
-    that is sent again after a crash bears the same name, so that who bills for an answer can give it from his own record.
+    `swapped` [N] bool: which pairs are to be shown the other way round. A random key per duel, `keys` [N], drives whatever
+    noise there is. `asks` are N names, unique over all runs: a duel that is sent again after a crash bears the same name, so
+    that who bills for an answer can give it from his own record.
     """
 
     def __call__(
-        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Array, asks: Sequence[str], /
-    ) -> Judgement: ...
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: np.ndarray,
+        keys: Array,
+        asks: Sequence[str],
+        /,
+    ) -> Iterator[Judgement]: ...
 
 
 class Response(Protocol):

@@ -5,25 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import ml_collections
 
 from sea_jax import config as configuration
+from sea_jax.config import RunSettings
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
 
 
-def saved_configuration(workdir: Path) -> ml_collections.ConfigDict:
-    """Returns the configuration that a run left in its work directory.
+def saved_settings(workdir: Path) -> RunSettings:
+    """Returns the settings that a run left in its work directory.
 
     Args:
       workdir: where `train` wrote.
 
-    Returns:
-      A locked ConfigDict.
-
     Raises:
-      ValueError: there is none, or it is not one of this version.
+      ValueError: there are none, or they are not those of this version or an older one.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -33,46 +30,29 @@ def saved_configuration(workdir: Path) -> ml_collections.ConfigDict:
         saved = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
-    config = configuration.default()
     if not isinstance(saved, Mapping):
         raise ValueError(f"{path} holds a {type(saved).__name__}; a JSON object is needed")
-    known, found_fields = configuration.flatten(config.to_dict()), configuration.flatten(saved)
-    faults = [f"config.{name}: not a field of this version" for name in found_fields if name not in known]
-    faults += [
-        f"config.{name}: missing there; the default is {json.dumps(known[name])}"
-        for name in known
-        if name not in found_fields
-    ]
-    if faults:
-        raise ValueError(
-            f"{path} was written by another version of sea_jax; change it, or use that version:\n" + "\n".join(faults)
-        )
-    for name, value in found_fields.items():
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: config.{name}={value!r}: {error}") from error
-    return config
+    return configuration.from_json(saved, str(path))
 
 
-def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a work directory that another configuration made.
+def check_workdir(workdir: Path, settings: RunSettings) -> None:
+    """Refuses a work directory that other settings made.
 
     Args:
       workdir: where everything is written.
-      config: this run's configuration.
+      settings: this run's.
 
     Raises:
       ValueError: the work directory is another configuration's, or nobody can tell whose, or is a file.
     """
-    saved = workdir / "config.json"
+    there = (workdir / "config.json").exists()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file; name a directory")
-    if not saved.exists() and any((workdir / name).exists() for name in ("checkpoints", "queries.jsonl")):
+    if not there and any((workdir / name).exists() for name in ("checkpoints", "queries.jsonl")):
         raise ValueError(
             f"--workdir={workdir} holds a run but no config.json to compare with; name another directory, or put it back"
         )
-    differing = configuration.differences(config, saved.read_text()) if saved.exists() else []
+    differing = configuration.differences(settings, saved_settings(workdir)) if there else []
     if differing:
         raise ValueError(
             f"--workdir={workdir} belongs to another configuration; name another directory, or set:\n"
@@ -80,17 +60,17 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, fingerprint: str) -> None:
-    """Makes the work directory and leaves the configuration in it, and what tells the policy from others.
+def claim(workdir: Path, settings: RunSettings, fingerprint: str) -> None:
+    """Makes the work directory and leaves the settings in it, and what tells the policy from others.
 
     Args:
       workdir: where everything is written.
-      config: this run's configuration.
+      settings: this run's.
       fingerprint: of the policy.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_whole(workdir / FINGERPRINT_FILE, fingerprint + "\n")
-    files.write_whole(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    files.write_whole(workdir / "config.json", configuration.to_json(settings))
 
 
 def open_ledger(path: Path) -> Ledger:

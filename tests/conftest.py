@@ -1,7 +1,15 @@
 """What several test files need."""
 
+import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# For this process and for those that tests start. Every program is compiled once, whoever needs it, and quickly: tests
+# compile far longer than they compute.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of torch that wait give their core away
 
 import gguf
 import hypothesis
@@ -15,13 +23,45 @@ from tests.support import shapes  # noqa: F401  # before anything of sea_jax, so
 # isort: split
 from sea_jax.models import tokenizer
 from sea_jax.models.checkpoints import builtin
+from sea_jax.runtime import cache
 
+cache.keep_compiled_programs()
 # As many as the meshes of tests/models/test_mesh.py need; what sets no mesh uses the first alone.
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The first example of a property compiles and would miss any deadline.
 hypothesis.settings.register_profile("compiled", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("compiled")
+
+# The first to be run, as they take longest; of files that share servers, all in one process.
+GROUPS = {
+    "tests/test_kill.py": "kill",
+    "tests/gpu_bridge/server/test_engine.py": "engines",
+    "tests/gpu_bridge/test_run.py": "engines",
+    "tests/models/test_mesh.py": "mesh",
+}
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.split("::")[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, for they share what was made for them, and begins with the longest."""
+    order = list(dict.fromkeys(GROUPS.values()))
+    ranks = {file: order.index(group) for file, group in GROUPS.items()}
+    items.sort(key=lambda item: ranks.get(_file(item), len(order)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(_file(item), _file(item))))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets the programs of a file behind its last test: together they would take gigabytes."""
+    if nextitem is not None and _file(item) != _file(nextitem):
+        jax.clear_caches()
+        gc.collect()
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

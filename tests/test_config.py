@@ -1,7 +1,9 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ml_collections
@@ -9,8 +11,11 @@ import pytest
 
 import configs
 from sea_jax import config as configuration
-from sea_jax.config import flatten
+from sea_jax import settings
+from sea_jax.config import RunSettings, SftSettings, flatten
 from sea_jax.settings import addresses, user_function
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -32,13 +37,13 @@ def set_field(config: ml_collections.ConfigDict, name: str, value: object) -> No
 
 
 def test_the_defaults_are_valid_once_a_policy_is_named(config, sft):
-    configuration.validate(config)
-    configuration.validate(sft)
+    configuration.resolve(config)
+    configuration.resolve_sft(sft)
 
 
 def test_a_policy_must_be_named():
     with pytest.raises(ValueError, match=r"^config\.policy\.source='': must be a non-empty text$"):
-        configuration.validate(configuration.default())
+        configuration.resolve(configuration.default())
 
 
 # What a field may not be, and what its error says would do.
@@ -47,6 +52,7 @@ REFUSED = [
     ("mesh", (1, 8), "three numbers"),
     ("mesh", (-1, -1, 1), "one of them may be -1"),
     ("mesh", (1, 0, 1), "1 or more"),
+    ("method", "", "a non-empty text"),
     ("data.num_prompts", -1, "0 or more"),
     ("sampling.batch_size", -1, "0 or more"),
     ("actor.kind", "vllm", "one of in_process, bridge"),
@@ -146,7 +152,7 @@ REFUSED = [
 def test_a_value_that_cannot_work_is_refused(config, name, value, wanted):
     set_field(config, name, value)
     with pytest.raises(ValueError, match=rf"(?m)^config\.{name}={re.escape(repr(value))}: must be .*{wanted}") as error:
-        configuration.validate(config)
+        configuration.resolve(config)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -154,7 +160,7 @@ def test_a_value_that_cannot_work_is_refused(config, name, value, wanted):
 def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
     set_field(sft, name, value)
     with pytest.raises(ValueError, match=rf"^config\.{name}={value!r}: must be"):
-        configuration.validate(sft)
+        configuration.resolve_sft(sft)
 
 
 def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
@@ -163,18 +169,23 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
     anything |= {"erm.standardise"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
-    full, sft = (flatten(made.to_dict()).keys() for made in (configuration.default(), configuration.default_sft()))
-    assert full | sft == configuration.RANGES.keys() | anything
-    tested = {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
-    assert configuration.RANGES.keys() == tested
+    everything = [*settings.walk(RunSettings()), *settings.walk(SftSettings())]
+    ranged = {name for name, field, _ in everything if field.metadata["must"] is not settings.ANY}
+    assert {name for name, _, _ in everything} - ranged == anything
+    assert ranged == {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
+
+
+def test_every_field_says_what_it_is():
+    for name, field, _ in [*settings.walk(RunSettings()), *settings.walk(SftSettings())]:
+        assert len(field.metadata["says"]) > 3, name
 
 
 def test_a_system_message_needs_a_chat_template(config):
     config.data.system = "Be brief."
     with pytest.raises(ValueError, match=r"^config\.data\.system='Be brief\.': only a chat template"):
-        configuration.validate(config)
+        configuration.resolve(config)
     config.data.chat = True
-    configuration.validate(config)
+    configuration.resolve(config)
 
 
 def test_a_microbatch_must_divide_the_batch(config):
@@ -182,9 +193,9 @@ def test_a_microbatch_must_divide_the_batch(config):
     with pytest.raises(
         ValueError, match=r"^config\.learner\.microbatch_size=8: must divide config\.data\.batch_size=12$"
     ):
-        configuration.validate(config)
+        configuration.resolve(config)
     config.learner.microbatch_size = 6
-    configuration.validate(config)
+    configuration.resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +205,9 @@ def test_a_microbatch_must_divide_the_batch(config):
 def test_prompts_from_elsewhere_need_to_know_where(config, source, wanted):
     config.data.source = source
     with pytest.raises(ValueError, match=rf"^config\.data\.path='': data\.source={source} needs {wanted}.*$"):
-        configuration.validate(config)
+        configuration.resolve(config)
     config.data.path = "prompts"
-    configuration.validate(config)
+    configuration.resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -214,19 +225,19 @@ def test_a_field_that_the_source_does_not_read_is_refused(config, field, readers
     for source in ("docstrings", "jsonl", "parquet", "huggingface", "tfds"):
         config.data.source = source
         if source in readers:
-            configuration.validate(config)
+            configuration.resolve(config)
             continue
         with pytest.raises(ValueError, match=rf"^config\.data\.{field}='other': data\.source={source} does not read"):
-            configuration.validate(config)
+            configuration.resolve(config)
 
 
 @pytest.mark.parametrize(("part", "kind"), [("actor", "bridge"), ("oracle", "remote")])
 def test_servers_need_an_address(config, part, kind):
     config[part].kind, config.oracle.reward_model = kind, "a/reward-model"
     with pytest.raises(ValueError, match=rf"^config\.{part}\.urls='': {part}\.kind={kind} needs the URL of a server"):
-        configuration.validate(config)
+        configuration.resolve(config)
     config[part].urls = "http://127.0.0.1:8000/, https://elsewhere"
-    configuration.validate(config)
+    configuration.resolve(config)
     assert addresses(config[part].urls) == ("http://127.0.0.1:8000", "https://elsewhere")
 
 
@@ -234,15 +245,15 @@ def test_servers_need_an_address(config, part, kind):
 def test_a_reward_model_must_be_named(config, kind):
     config.oracle.kind, config.oracle.urls = kind, "http://127.0.0.1:8000"
     with pytest.raises(ValueError, match=rf"^config\.oracle\.reward_model='': oracle\.kind={kind} needs a directory"):
-        configuration.validate(config)
+        configuration.resolve(config)
 
 
 def test_all_faults_are_named_at_once(config):
     config.max_queries, config.loss.beta, config.learner.microbatch_size = 0, -1.0, 7
     with pytest.raises(ValueError, match=r"must be") as error:
-        configuration.validate(config)
-    fields = [line.split("=")[0] for line in str(error.value).splitlines()]
-    assert fields == ["config.max_queries", "config.loss.beta", "config.learner.microbatch_size"]
+        configuration.resolve(config)
+    named = [line.split("=")[0] for line in str(error.value).splitlines()]
+    assert named == ["config.max_queries", "config.loss.beta", "config.learner.microbatch_size"]
 
 
 def test_fields_are_locked_and_typed(config, sft):
@@ -260,14 +271,15 @@ def test_fields_are_locked_and_typed(config, sft):
 def test_hyper_parameters_that_are_none_take_a_value_of_their_kind(config):
     assert config.loss.beta is None
     config.loss.beta = 0.5
-    configuration.validate(config)
+    configuration.resolve(config)
     with pytest.raises(TypeError):
         config.loss.beta = "strong"
 
 
 @pytest.mark.parametrize("path", sorted(Path(configs.__file__).parent.glob("[!_]*.py")), ids=lambda path: path.stem)
 def test_the_configurations_that_come_along_are_valid(path):
-    configuration.validate(importlib.import_module(f"configs.{path.stem}").get_config())
+    config = importlib.import_module(f"configs.{path.stem}").get_config()
+    (configuration.resolve_sft if "output" in config else configuration.resolve)(config)
 
 
 def test_flatten():
@@ -286,7 +298,7 @@ def user_module(tmp_path, monkeypatch):
 
 def test_a_function_of_the_user(user_module, config):
     config.exploration.rule = "taste_of_mine:rule"
-    configuration.validate(config)
+    configuration.resolve(config)
     assert user_function("taste_of_mine:rule", "exploration.rule")(None, None, None) == 3
 
 
@@ -305,21 +317,65 @@ def test_a_function_of_the_user_that_is_not_there(user_module, name, message):
 
 
 def test_differences(config):
-    saved = config.to_json()
-    assert configuration.differences(config, saved) == []
+    then = configuration.resolve(config)
+    assert configuration.differences(then, then) == []
     config.learner.learning_rate, config.loss.beta = 1e-5, 0.5
-    assert configuration.differences(config, saved) == [
-        "config.learner.learning_rate: 5e-07 in the work directory, 1e-05 now",
+    assert configuration.differences(configuration.resolve(config), then) == [
         "config.loss.beta: None in the work directory, 0.5 now",
+        "config.learner.learning_rate: 5e-07 in the work directory, 1e-05 now",
     ]
     config.actor.urls, config.oracle.retries = "http://127.0.0.1:8000", 3  # servers may move while a run stands still
-    assert len(configuration.differences(config, saved)) == 2
-    older = json.loads(saved)
-    del older["seed"]
-    older["gone"] = 1
-    config = configuration.default()
-    config.policy.source = "builtin:anything"
-    assert configuration.differences(config, json.dumps(older)) == [
-        "config.gone: 1 in the work directory, 'not there' now",
-        "config.seed: 'not there' in the work directory, 0 now",
-    ]
+    assert len(configuration.differences(configuration.resolve(config), then)) == 2
+
+
+def test_settings_survive_a_file(config):
+    config.mesh, config.loss.beta = (1, -1, 1), 0.5
+    written = configuration.resolve(config)
+    assert configuration.from_json(json.loads(configuration.to_json(written)), "config.json") == written
+
+
+def test_a_file_of_an_older_version_means_what_it_meant_then(config, caplog):
+    saved = json.loads(configuration.to_json(configuration.resolve(config)))
+    del saved["method"], saved["checkpoint"]["keep"]
+    with caplog.at_level("INFO", logger="absl"):
+        found = configuration.from_json(saved, "run/config.json")
+    assert (found.method, found.checkpoint.keep) == ("sea", 2)
+    assert "run/config.json is older than method, checkpoint.keep" in caplog.text
+
+    @dataclass(frozen=True)
+    class Later:
+        patience: int = settings.setting(3, "asked again so often", before=1)
+
+    (field,) = fields(Later)
+    assert (field.default, field.metadata["before"]) == (3, 1)
+
+
+def test_a_field_that_is_gone_and_a_value_of_another_kind_are_named(config):
+    saved = json.loads(configuration.to_json(configuration.resolve(config)))
+    with pytest.raises(
+        ValueError, match=r"(?s)^run/config\.json was written by another.*\nconfig\.erm\.gone: not a field"
+    ):
+        configuration.from_json(saved | {"erm": saved["erm"] | {"gone": 1}}, "run/config.json")
+    with pytest.raises(ValueError, match=r"^run/config\.json: config\.seed='many'"):
+        configuration.from_json(saved | {"seed": "many"}, "run/config.json")
+
+
+def test_the_table_of_settings_says_all_and_stands_in_the_docs(config):
+    config.loss.beta = 0.5
+    table = configuration.table(configuration.resolve(config))
+    assert (
+        "| `loss.beta` | float or None | `None`, here `0.5` | None: the loss's own default | a finite number above 0"
+        in table
+    )
+    assert "| `data.batch_size` | int | `128` | b, prompts per step | 1 or more |  | paper, App. F |" in table
+    printed = subprocess.run(
+        [sys.executable, "-m", "sea_jax.config"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert (ROOT / "docs" / "settings.md").read_text() == printed.stdout
+
+
+def test_a_configuration_file_needs_no_tokenizers_and_no_readers_of_data():
+    code = "import sys; from configs import quickstart; quickstart.get_config(); print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    heavy = {"transformers", "torch", "datasets", "pyarrow", "tensorflow_datasets", "matplotlib", "gpu_bridge"}
+    assert heavy & set(loaded.split()) == set()

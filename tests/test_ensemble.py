@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from sea_jax import ensemble
-from sea_jax.ensemble import Ensemble, EnsembleConfig
+from sea_jax.ensemble import Ensemble, EnsembleSettings
 from sea_jax.replay import Replay, add_pairs, empty_replay
 from sea_jax.types import Array, Params
 
-SMALL = EnsembleConfig(
+SMALL = EnsembleSettings(
     num_heads=3, hidden_size=6, learning_rate=0.01, weight_decay=0.02, anchor_strength=0.7, steps=4, batch_size=8
 )
 D = 5
@@ -24,7 +24,7 @@ ADD = jax.jit(add_pairs)
 
 
 @cache
-def initial(config: EnsembleConfig = SMALL, num_features: int = D) -> Ensemble:
+def initial(config: EnsembleSettings = SMALL, num_features: int = D) -> Ensemble:
     return jax.jit(ensemble.init, static_argnums=(0, 1))(config, num_features, jax.random.key(0))
 
 
@@ -60,7 +60,7 @@ def assert_trees_close(found: Params, expected: Params, **tolerance: Any) -> Non
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), found, expected)
 
 
-WIDE = EnsembleConfig(num_heads=4, hidden_size=64)
+WIDE = EnsembleSettings(num_heads=4, hidden_size=64)
 
 
 def test_init_follows_the_paper():
@@ -111,7 +111,7 @@ def test_calibrate_measures_the_spread_within_a_prompt():
     assert state.scale[3] == 1  # what does not vary is left as it is, whatever rounding makes of it
 
 
-def update_by_hand(state: Ensemble, held: Replay, config: EnsembleConfig) -> Params:
+def update_by_hand(state: Ensemble, held: Replay, config: EnsembleSettings) -> Params:
     """The m steps of Eq. 8 on the whole replay: every head on its own, Adam written out."""
     count = int(held.added)
     features, labels = (np.asarray(x[:count]) for x in (held.features, held.labels))
@@ -185,10 +185,10 @@ def test_the_prior_weighs_lambda_over_n():
         assert distance(learnt.heads) < distance(state.heads)
 
 
-TWO = EnsembleConfig(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)
+TWO = EnsembleSettings(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)
 
 
-def gradient_and_loss(state: Ensemble, pairs: np.ndarray, config: EnsembleConfig) -> tuple[Params, float]:
+def gradient_and_loss(state: Ensemble, pairs: np.ndarray, config: EnsembleSettings) -> tuple[Params, float]:
     """What Adam is given for N pairs [N, 2, 1] won by the first response, and the loss that is reported."""
     count = len(pairs)
     held = ADD(empty_replay(4, 1), pairs, np.ones(count, np.float32), np.ones(count, bool))

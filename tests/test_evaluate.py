@@ -21,7 +21,7 @@ from sea_jax.models import decoder
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh
 from sea_jax.runtime import cache, checkpoint
-from sea_jax.workdir import saved_configuration
+from sea_jax.workdir import saved_settings
 from tests.support.taste import arbitrary
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def test_the_command_shows_how_far_it_is_and_prints_the_win_rates(done: Done) ->
 
 
 def test_the_export_holds_the_frozen_and_the_trained_parameters(done: Done) -> None:
-    config = saved_configuration(done.workdir)
+    config = saved_settings(done.workdir)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         parts = wiring.parts(config, mesh)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sea_jax import ensemble, evaluation
-from sea_jax.ensemble import EnsembleConfig
+from sea_jax.ensemble import EnsembleSettings
+from sea_jax.oracles import preferences
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 
@@ -20,7 +21,7 @@ def test_ties_count_half_and_the_same_text_is_never_sent() -> None:
         return np.array([0.9, 0.5, 0.2])
 
     interval, probability = evaluation.compare(
-        preference, ["p", "q", "r", "s"], ["a", "b", "c", "d"], ["x", "b", "y", "z"]
+        preference, ["p", "q", "r", "s"], ["a", "b", "c", "d"], ["x", "b", "y", "z"], np.zeros(4, bool)
     )
     assert asked == [("p", "a", "x"), ("r", "c", "y"), ("s", "d", "z")]
     assert probability.tolist() == [0.9, 0.5, 0.5, 0.2]
@@ -31,14 +32,38 @@ def test_ties_count_half_and_the_same_text_is_never_sent() -> None:
 @pytest.mark.parametrize("answer", [np.array([[0.5]]), np.array(0.7), np.array([3.0]), np.array([np.nan])])
 def test_an_answer_that_is_no_probability_is_refused(answer: np.ndarray) -> None:
     with pytest.raises(ValueError, match="the oracle"):
-        evaluation.compare(lambda *_: answer, ["p"], ["a"], ["b"])
+        evaluation.compare(lambda *_: answer, ["p"], ["a"], ["b"], np.zeros(1, bool))
+
+
+def test_a_judge_that_likes_what_stands_first_finds_nobody_better() -> None:
+    count = 1000
+    swapped = preferences.drawn_order(jax.random.split(jax.random.key(0), count))
+    texts = [[f"{letter}{i}" for i in range(count)] for letter in "pab"]
+    prompts, responses, opponents = texts
+    interval, probability = evaluation.compare(
+        lambda prompts, first, second: np.full(len(prompts), 0.6), prompts, responses, opponents, swapped
+    )
+    assert interval.low < 0.5 < interval.high
+    assert set(probability) == {0.6, 0.4}
+
+
+def test_a_prompt_without_an_answer_is_not_counted() -> None:
+    interval, probability = evaluation.compare(
+        lambda prompts, first, second: [1.0, None, 0.2],
+        ["p", "q", "r"],
+        ["a", "b", "c"],
+        ["x", "y", "z"],
+        np.zeros(3, bool),
+    )
+    assert (interval.mean, interval.count) == (0.5, 2)
+    assert np.isnan(probability).tolist() == [False, True, False]
 
 
 def test_when_nothing_has_changed_nobody_is_asked() -> None:
     def preference(*_: Sequence[str]) -> np.ndarray:
         raise AssertionError
 
-    interval, _ = evaluation.compare(preference, ["p"], ["a"], ["a"])
+    interval, _ = evaluation.compare(preference, ["p"], ["a"], ["a"], np.ones(1, bool))
     assert interval.mean == 0.5
 
 
@@ -66,7 +91,7 @@ def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
 
 
 def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
-    reward_model = ensemble.init(EnsembleConfig(num_heads=3, hidden_size=4), 1, jax.random.key(0))
+    reward_model = ensemble.init(EnsembleSettings(num_heads=3, hidden_size=4), 1, jax.random.key(0))
     rewards = np.asarray(ensemble.rewards(reward_model, jnp.arange(10.0, 40.0)[None, :, None]).mean(0))[0]
     responses = evaluation.best_of_n(
         numbered,

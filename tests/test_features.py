@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sea_jax import features
-from sea_jax.actors.generation import SamplingConfig
 from sea_jax.models import encoder
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.checkpoints.config_json import from_hf
@@ -118,7 +117,7 @@ def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
 
     original = features.response_features
     monkeypatch.setattr(features, "response_features", counted)
-    how = SamplingConfig(num_samples=3, max_new_tokens=6, eos_ids=(0,), pad_id=0, feature_stack=1)
+    how = tiny.generation_config(num_samples=3, max_new_tokens=6, eos_ids=(0,), pad_id=0, feature_stack=1)
     featurize = features.of_reference(
         params, tiny.CONFIG, feature_stack=how.feature_stack, dtype=how.dtype, batch_size=batch_size
     )

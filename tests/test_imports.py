@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RULE = """
 train sft evaluate memory fit
 wiring
-report
-workdir history
+methods report
+preflight workdir history
 config
 agent evaluation
-ensemble features oracles actors
+ensemble features policy_logprobs oracles actors
 data replay learner policy
 models sampling losses
 runtime
@@ -40,7 +40,7 @@ KEPT_TO = {
     "vllm": set(),
     "trl": set(),
     "configs": set(),
-    "gpu_bridge": {"wiring"},
+    "gpu_bridge": {"actors.bridge", "oracles.oracle"},
     "tests": set(),
 }
 

@@ -134,7 +134,7 @@ def start(workdir: Path, service: Service, *flags: str) -> Started:
         "BILLED_RUN_SERVICE": service.url,
         "BILLED_RUN_PHASE": str(told),
         "JAX_PLATFORMS": "cpu",
-        "USE_TORCH": "0",  # for transformers, which takes a second to look whether it is there
+        "USE_TORCH": "0",
         "PYTHONDONTWRITEBYTECODE": "",  # the next start finds its modules compiled
     }
     command = [

@@ -17,7 +17,7 @@ from tests.support import tiny
 BETA = 0.3
 LOSS = partial(losses.dpo, beta=BETA)  # one object: a static argument of `update`
 # A first step at a fifth of the peak; no clipping. The default configuration of these tests.
-PLAIN = LearnerConfig(
+PLAIN = tiny.learner_config(
     learning_rate=5e-3, total_steps=100, warmup_fraction=0.05, clip_norm=1e9, microbatch_size=4, dtype="float32"
 )
 FIRST_RATE = 1e-3
@@ -281,7 +281,7 @@ def test_half_precision_goes_the_same_way():
 
 
 def test_the_schedule_warms_up_and_ends_at_the_final_fraction():
-    rate = learner.schedule(LearnerConfig(learning_rate=2.0, total_steps=110, warmup_fraction=10 / 110))
+    rate = learner.schedule(tiny.learner_config(learning_rate=2.0, total_steps=110, warmup_fraction=10 / 110))
     # From a tenth of the peak on: 10 steps up to 2, then a cosine down to 0.2 at step 110, halfway at step 60.
     found = [float(rate(step)) for step in (0, 5, 10, 35, 60, 110, 500)]
     quarter = 0.2 + 1.8 * (1 + np.cos(np.pi / 4)) / 2
@@ -291,7 +291,9 @@ def test_the_schedule_warms_up_and_ends_at_the_final_fraction():
 @pytest.mark.parametrize(("warmup_fraction", "total_steps"), [(0.0, 10), (0.03, 1), (1.0, 10)])
 def test_the_schedule_never_starts_at_nothing(warmup_fraction, total_steps):
     rate = learner.schedule(
-        LearnerConfig(learning_rate=1.0, total_steps=total_steps, warmup_fraction=warmup_fraction, final_fraction=1.0)
+        tiny.learner_config(
+            learning_rate=1.0, total_steps=total_steps, warmup_fraction=warmup_fraction, final_fraction=1.0
+        )
     )
     warmup_steps = max(1, round(warmup_fraction * total_steps))
     assert float(rate(0)) == pytest.approx(1 / warmup_steps)

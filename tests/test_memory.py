@@ -20,6 +20,7 @@ from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
 from sea_jax.types import Array, Candidates, Params, Prompts
 from tests.programs import sharded_run
+from tests.support import tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +134,7 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
         candidates, _ = responder.respond(0, trained, asked, key, 0)
     parts.features(batch, candidates, ())
     heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
-    heads = ensemble.init(wiring.ensemble_config(config.erm), parts.num_features, key)
+    heads = ensemble.init(config.erm, parts.num_features, key)
     heldout.best_of_n(trained, heads, 0)
     assert calls == compiled
 
@@ -176,7 +177,7 @@ def test_cached_keys_and_values_by_hand() -> None:
     # Pythia 1B, 128 prompts of 1024 tokens with 20 responses of 53 each: 16 layers x 2 x 2048 features of 2 bytes a token.
     model = memory.describe(tldr.POLICIES["1b"])
     assert isinstance(model, ModelConfig)
-    how = wiring.SamplingConfig(num_samples=20, max_new_tokens=53, eos_ids=(0,), pad_id=0, dtype="bfloat16")
+    how = tiny.generation_config(num_samples=20, max_new_tokens=53, eos_ids=(0,), pad_id=0, dtype="bfloat16")
     size = memory.cache_bytes(model, how, 128, 1024, make_mesh((1, 8, 1)))
     assert size == 128 * (1024 + 20 * 53) * 16 * 2 * 2048 * 2 // 8
 

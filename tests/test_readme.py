@@ -44,7 +44,11 @@ def test_the_readmes_own_oracle_loss_rule_and_prompts_run(tmp_path: Path, monkey
     with Ledger(tmp_path / "run" / "queries.jsonl", writes=False) as ledger:
         paid = [line for line in ledger.lines() if line["counted"]]
     assert len(paid) == 8
-    assert all(line["label"] == float(len(line["first"]) < len(line["second"])) for line in paid)
+    for line in paid:
+        lengths = [len(line["first"]), len(line["second"])]
+        shown_first, shown_second = reversed(lengths) if line["swapped"] else lengths
+        first_shown_wins = float(shown_first < shown_second)
+        assert line["label"] == (1 - first_shown_wins if line["swapped"] else first_shown_wins)
 
 
 def test_every_field_that_the_readme_sets_exists() -> None:

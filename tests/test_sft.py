@@ -15,11 +15,11 @@ import pytest
 from configs import tiny_random
 from sea_jax import config, learner, sft
 from sea_jax.data.prompts import Record, Rendered
-from sea_jax.learner import LearnerConfig
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.policy import load_policy
 from sea_jax.runtime import cache, console, files
 from sea_jax.types import Prompts
+from tests.support import tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +42,7 @@ def configured(output: Path, **fields: Any) -> ml_collections.ConfigDict:
         }
         | {name.replace("__", "."): value for name, value in fields.items()}
     )
-    config.validate(settings)
+    config.resolve_sft(settings)
     return settings
 
 
@@ -135,7 +135,7 @@ def test_microbatches_change_nothing_but_the_memory() -> None:
     lengths = jnp.array([[1], [16], [3], [9], [16], [2], [5], [1]])  # no two microbatches have as many tokens
     results, memory = {}, {}
     for size in (2, 8):
-        how = LearnerConfig(learning_rate=1e-2, microbatch_size=size)
+        how = tiny.learner_config(learning_rate=1e-2, microbatch_size=size)
         state = learner.init(policy.initial, how)
         lowered = sft.update.lower(
             state, policy.frozen, prompts, tokens, lengths, config=policy.config, learner_config=how
@@ -166,7 +166,7 @@ def test_the_loss_is_the_mean_over_reference_tokens() -> None:
     policy = load_policy("builtin:tiny-random-llama", train_last_layers=1)
     prompts = Prompts(jnp.array([[5, 6, 7], [0, 9, 9]]), jnp.array([[True] * 3, [False, True, True]]))
     tokens, lengths = jnp.array([[[8, 9, 0, 0]], [[3, 4, 5, 0]]]), jnp.array([[3], [4]])
-    learner_config = LearnerConfig(microbatch_size=2)
+    learner_config = tiny.learner_config(microbatch_size=2)
     loss = sft.negative_logprob(
         policy.reference,
         policy.frozen,

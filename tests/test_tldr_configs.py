@@ -1,6 +1,8 @@
 """The TL;DR configurations: the paper's numbers in one, the authors' code's departures in the other, and what they mean."""
 
+import dataclasses
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import tldr, tldr_oat
-from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax import sampling, train, wiring
-from sea_jax.agent import ExplorationConfig
-from sea_jax.ensemble import EnsembleConfig
+from sea_jax import sampling
+from sea_jax.agent import ExplorationSettings, named_keys
+from sea_jax.ensemble import EnsembleSettings
+from sea_jax.methods.sea import shared
 
 SIZES = ("1b", "2.8b", "6.9b")
 
@@ -88,7 +90,7 @@ def fields(module: ModuleType, *size: str) -> dict[str, Any]:
 @pytest.mark.parametrize("module", [tldr, tldr_oat])
 def test_every_size_is_valid_and_names_its_policy_and_that_policys_responses(module: ModuleType, size: str) -> None:
     config = module.get_config(size)
-    configuration.validate(config)
+    configuration.resolve(config)
     assert config.policy.source == f"trl-lib/pythia-{size}-deduped-tldr-sft"
     assert config.data.reference_field == f"pythia-{size}-reference"
 
@@ -118,30 +120,33 @@ def test_the_authors_code_departs_in_these_fields_and_no_others(size: str) -> No
 
 def test_the_departures_reach_the_parts_of_a_run() -> None:
     paper, authors = tldr.get_config(), tldr_oat.get_config()
-    assert wiring.ensemble_config(paper.erm) == EnsembleConfig()
-    assert wiring.ensemble_config(authors.erm) == EnsembleConfig(anchor="mean", nll="mean")
-    assert exploration(paper) == ExplorationConfig(max_queries=50_000)
-    assert exploration(authors) == ExplorationConfig(max_queries=50_000, erm_share="fixed", erm_pair="max_margin")
+    heads = [field.name for field in dataclasses.fields(EnsembleSettings)]
+    for config, departures in ((paper, {}), (authors, {"anchor": "mean", "nll": "mean"})):
+        found = {name: getattr(configuration.resolve(config).erm, name) for name in heads}
+        assert found == dataclasses.asdict(EnsembleSettings()) | departures
+    departing: dict[str, Any] = {"erm_share": "fixed", "erm_pair": "max_margin", "rule": "bai_ts_oat"}
+    assert exploration(authors) == replace(exploration(paper), **departing)
 
 
-def exploration(config: Any) -> ExplorationConfig:
-    return ExplorationConfig(max_queries=config.max_queries, **train.exploration_fields(config))
+def exploration(config: Any) -> ExplorationSettings:
+    return configuration.resolve(config).exploration
 
 
-def left_to_the_erm(config: ExplorationConfig, num_prompts: int, queries: int, seed: int) -> np.ndarray:
+def left_to_the_erm(config: ExplorationSettings, num_prompts: int, queries: int, seed: int) -> np.ndarray:
     """Which prompts [B] the ERM labels after so many queries; the oracle labels all others."""
     distinct = np.broadcast_to(~np.eye(3, dtype=bool), (num_prompts, 3, 3))
-    proposal, state = SimpleNamespace(distinct=jnp.asarray(distinct)), SimpleNamespace(queries=queries)
-    duel = sampling.passive(jnp.zeros((1, num_prompts, 3)), jnp.asarray(distinct), jax.random.key(0))
-    to_oracle, to_erm = sea._who_labels(config, state, proposal, duel, jax.random.key(seed))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(to_oracle, ~to_erm)
-    return np.asarray(to_erm)
+    rewards = jnp.zeros((1, num_prompts, 3))
+    proposal: Any = SimpleNamespace(distinct=jnp.asarray(distinct), rewards=rewards)
+    duel = sampling.passive(rewards, proposal.distinct, jax.random.key(0))
+    assignment = shared(config)(proposal, duel, queries, named_keys(jax.random.key(seed)))
+    np.testing.assert_array_equal(assignment.to_oracle, ~assignment.to_erm)
+    return np.asarray(assignment.to_erm)
 
 
 @settings(max_examples=50, deadline=None)
 @given(num_prompts=st.sampled_from([7, 20]), percent=st.integers(1, 100), seed=st.integers(0, 2**31 - 1))
 def test_a_fixed_share_is_a_fixed_number_after_the_burn_in_and_none_before(num_prompts, percent, seed):
-    config = ExplorationConfig(max_queries=50_000, gamma=percent / 100, burn_in_queries=1000, erm_share="fixed")
+    config = replace(exploration(tldr.get_config()), gamma=percent / 100, erm_share="fixed")
     assert not left_to_the_erm(config, num_prompts, 999, seed).any()
     expected = math.floor(Fraction(100 - percent, 100) * num_prompts)
     assert left_to_the_erm(config, num_prompts, 1000, seed).sum() == expected

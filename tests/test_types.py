@@ -48,6 +48,6 @@ def test_jax_may_put_anything_into_a_pytree():
 
 def test_results_are_checked_too(monkeypatch):
     monkeypatch.setattr(ensemble, "_head_reward", lambda head, features: features)
-    erm = ensemble.init(ensemble.EnsembleConfig(num_heads=2, hidden_size=3), 4, jax.random.key(0))
+    erm = ensemble.init(ensemble.EnsembleSettings(num_heads=2, hidden_size=3), 4, jax.random.key(0))
     with pytest.raises(FAULTS, match="rewards"):
         ensemble.rewards(erm, jnp.zeros((2, 3, 4)))

@@ -1,10 +1,13 @@
 """What is refused on the way from a configuration to the parts of a run names its field."""
 
+from typing import Any
+
 import pytest
 
-from sea_jax import config as configuration
-from sea_jax import wiring
+from sea_jax import features
+from sea_jax.features import FeatureSettings
 from sea_jax.models.checkpoints import tiny_random
+from sea_jax.oracles.oracle import OracleSettings, preference
 from sea_jax.policy import load_policy
 
 LLAMA = "builtin:tiny-random-llama"
@@ -18,18 +21,15 @@ LLAMA = "builtin:tiny-random-llama"
     ],
 )
 def test_an_oracle_of_the_wrong_kind(kind, field, message):
-    config = configuration.default().oracle
-    config.kind = kind
-    config[field] = LLAMA
+    named: dict[str, Any] = {"kind": kind, field: LLAMA}
+    settings = OracleSettings(**named)
     with pytest.raises(ValueError, match=rf"config\.oracle\.{field}={LLAMA}: {message}"):
-        wiring.preference(config)
+        preference(settings)
 
 
 def test_a_decoder_as_a_trunk():
-    config = configuration.default().erm
-    config.trunk = LLAMA
     with pytest.raises(ValueError, match=rf"config\.erm\.trunk={LLAMA}: expected a BERT or DeBERTa"):
-        wiring.num_features(config, load_policy(LLAMA, train_last_layers=0))
+        features.width(FeatureSettings(trunk=LLAMA), load_policy(LLAMA, train_last_layers=0))
 
 
 def test_policies_of_the_wrong_kind(tmp_path):

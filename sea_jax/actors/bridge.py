@@ -1,19 +1,106 @@
 """Servers write the responses, with the weights that they are given."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.generation import GenerationConfig
 from sea_jax.models import decoder, partition
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import ModelConfig
 from sea_jax.runtime import processes
+from sea_jax.settings import (
+    AT_LEAST_1,
+    DTYPE,
+    GIVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    URLS,
+    addresses,
+    one_of,
+    one_of_numbers,
+    setting,
+)
 from sea_jax.types import Candidates, Generate, OtherVersion, Params, PolicyServers, Prompts, Response
+
+
+@dataclass(frozen=True)
+class ActorSettings:
+    """Who writes the responses, and how servers are given the weights."""
+
+    kind: str = setting(
+        "in_process",
+        'who writes the responses: "in_process" (JAX), or "bridge": servers (gpu_bridge)',
+        one_of("in_process", "bridge"),
+    )
+    urls: str = setting("", "bridge: the policy servers, separated by commas; they share the prompts", URLS)
+    sync_every: int = setting(
+        1,
+        "bridge: policy steps after which the servers are given the weights again, for training",
+        AT_LEAST_1,
+        unit="policy steps",
+    )
+    transport: str = setting(
+        "shm", 'bridge: weights pass through a file in memory, or, between hosts, "http"', one_of("shm", "http")
+    )
+    weights_directory: str = setting(
+        "/dev/shm", "bridge: where that file lies", (lambda v: v.startswith("/"), "an absolute path")
+    )
+    weights_host: str = setting(
+        "127.0.0.1", "bridge: http: this host's address, at which the servers fetch the weights", GIVEN
+    )
+    weights_port: int = setting(
+        0,
+        "bridge: http: its port; 0: any that is free",
+        (lambda v: 0 <= v < 2**16, "a port number, or 0 for any that is free"),
+    )
+    weights_dtype: str = setting("bfloat16", "bridge: of the weights on their way", DTYPE)
+    timeout_s: float = setting(600.0, "bridge: how long a server may take to answer", POSITIVE, unit="seconds")
+    retries: int = setting(
+        8,
+        "bridge: how often is tried again when no server answers; the waits double, up to a minute each",
+        NOT_NEGATIVE,
+    )
+    lag: int = setting(
+        0,
+        "bridge: 1 has the next batch written while the learner works on this one, by a policy a step old",
+        one_of_numbers(0, 1),
+    )
+    max_logprob_gap: float = setting(
+        0.1, "bridge: gap between engine and learner above which the run stops", POSITIVE, unit="nats per token"
+    )
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for everything that does not go together."""
+        if self.kind == "bridge" and not self.urls:
+            yield "config.actor.urls='': actor.kind=bridge needs the URL of a server, or several separated by commas"
+        if self.lag == 1 and self.kind != "bridge":
+            yield f"config.actor.lag=1: only config.actor.kind=bridge writes ahead, not {self.kind}"
+
+
+def connect(settings: ActorSettings, token_file: str) -> PolicyServers:
+    """Returns the servers that write the responses.
+
+    Args:
+      settings: ActorSettings.
+      token_file: holds their token; "": the environment does.
+
+    Raises:
+      ValueError: there is no token.
+    """
+    from gpu_bridge import client, weights  # the library works without
+
+    directory = Path(settings.weights_directory)
+    route = weights.Route(settings.transport, directory, settings.weights_host, settings.weights_port)
+    patience = client.Patience(settings.timeout_s, settings.retries)
+    return client.PolicyClient(addresses(settings.urls), client.read_token(token_file), patience, route)
+
 
 PUSHES = 3  # times that servers without the right weights are given them, before a run stops
 
@@ -22,7 +109,7 @@ def bridge(
     servers: PolicyServers,
     frozen: Params,
     config: ModelConfig,
-    sampling: SamplingConfig,
+    sampling: GenerationConfig,
     *,
     weights_dtype: str = "bfloat16",
 ) -> Generate:
@@ -124,7 +211,7 @@ def _push(
 
 
 def _candidates(
-    responses: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: SamplingConfig
+    responses: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: GenerationConfig
 ) -> Candidates:
     """Responses as arrays, in every process; the first one's are given."""
     shape = (num_prompts, sampling.num_samples, sampling.max_new_tokens)

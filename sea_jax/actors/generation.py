@@ -1,22 +1,55 @@
 """Prompts in, M sampled responses each out: the prompt is read once, its KV is shared, one jitted while_loop writes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from sea_jax.models import decoder, partition
 from sea_jax.models.config import ModelConfig
+from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.policy import Policy
+from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
 from sea_jax.types import Array, Candidates, Params, Prompts
 
 BLOCKS = 256  # the vocabulary is searched in this many blocks when a token is drawn
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingSettings:
+    """How candidates are drawn while training."""
+
+    num_samples: int = setting(
+        20,
+        "M, candidates per prompt",
+        (lambda v: v >= 2, "2 or more: a duel needs two candidates"),
+        source="paper, App. F",
+    )
+    max_new_tokens: int = setting(53, "T while training", AT_LEAST_1, unit="tokens", source="paper, App. F")
+    batch_size: int = setting(
+        0, "prompts answered at a time, which bounds the memory of keys and values; 0: all of a batch", NOT_NEGATIVE
+    )
+    temperature: float = setting(
+        0.7,
+        "divides the logits that a token is drawn from",
+        (lambda v: v > 0, "above 0: greedy candidates are all the same"),
+        source="paper, App. F",
+    )
+    top_k: int = setting(0, "only so many of the most probable tokens are drawn; 0: any", NOT_NEGATIVE)
+    top_p: float = setting(
+        1.0,
+        "only the fewest most probable tokens that reach this mass are drawn; 1: any",
+        (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
+    )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
     """How responses are drawn; static under jit.
 
     Attributes:
@@ -35,11 +68,59 @@ class SamplingConfig:
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     pad_id: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    feature_stack: int | None = None
-    dtype: str = "float32"
+    temperature: float
+    top_k: int
+    top_p: float
+    feature_stack: int | None
+    dtype: str
+
+
+def configured(
+    settings: SamplingSettings,
+    policy: Policy,
+    dtype: str,
+    *,
+    num_samples: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+) -> GenerationConfig:
+    """Returns how a policy writes: as the settings say, but for what is given.
+
+    Args:
+      settings: SamplingSettings.
+      policy: Policy.
+      dtype: compute dtype.
+      num_samples: M.
+      max_new_tokens: T.
+      temperature: 0 is greedy.
+    """
+    return GenerationConfig(
+        num_samples=settings.num_samples if num_samples is None else num_samples,
+        max_new_tokens=settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        eos_ids=(policy.tokenizer.eos_id,),
+        pad_id=policy.tokenizer.pad_id,
+        temperature=settings.temperature if temperature is None else temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        feature_stack=policy.feature_stack,
+        dtype=dtype,
+    )
+
+
+def texts_of(tokenizer: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
+    """Returns the function that decodes candidates for people and oracles; learning uses the ids as they were sampled.
+
+    Special tokens are left out, and the texts stripped.
+    """
+
+    def decode(candidates: Candidates) -> list[list[str]]:
+        tokens, lengths = np.asarray(candidates.tokens), np.asarray(candidates.lengths)
+        return [
+            [tokenizer.decode(ids[:length].tolist()).strip() for ids, length in zip(*row, strict=True)]
+            for row in zip(tokens, lengths, strict=True)
+        ]
+
+    return decode
 
 
 class _State(NamedTuple):
@@ -107,7 +188,7 @@ def draw(logits: Float32[Array, "N V"], uniform: Float32[Array, " N"]) -> Int32[
 
 
 def choose(
-    logits: Float32[Array, "N V"], key: PRNGKeyArray, sampling: SamplingConfig
+    logits: Float32[Array, "N V"], key: PRNGKeyArray, sampling: GenerationConfig
 ) -> tuple[Int32[Array, " N"], Float32[Array, " N"]]:
     """Draws one token per row and returns its log-prob at temperature 1, unrestricted: the learner's own."""
     if sampling.temperature == 0:
@@ -121,7 +202,7 @@ def choose(
 
 @partial(jax.jit, static_argnames=("config", "sampling"))
 def generate(
-    params: Params, prompts: Prompts, key: PRNGKeyArray, *, config: ModelConfig, sampling: SamplingConfig
+    params: Params, prompts: Prompts, key: PRNGKeyArray, *, config: ModelConfig, sampling: GenerationConfig
 ) -> Candidates:
     """Writes M responses to each prompt and reads the features of each on the way."""
     num_prompts, num_samples, max_new_tokens = prompts.tokens.shape[0], sampling.num_samples, sampling.max_new_tokens

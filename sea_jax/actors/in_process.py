@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from sea_jax.actors import generation
-from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.generation import GenerationConfig
 from sea_jax.data import batching
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
@@ -19,13 +19,13 @@ def at_once(generate: Generate) -> Respond:
     return lambda number, trained, prompts, key, version: (generate(trained, prompts, key, version), {})
 
 
-def in_process(frozen: Params, config: ModelConfig, sampling: SamplingConfig, batch_size: int = 0) -> Generate:
+def in_process(frozen: Params, config: ModelConfig, sampling: GenerationConfig, batch_size: int = 0) -> Generate:
     """The policy writes in this process; the number of policy steps is not used.
 
     Args:
       frozen: the frozen part of the policy's parameters.
       config: ModelConfig.
-      sampling: SamplingConfig.
+      sampling: GenerationConfig.
       batch_size: prompts that are answered at a time, which bounds the memory of keys and values; 0: all.
     """
 

@@ -2,18 +2,22 @@
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32, PRNGKeyArray
 
+from sea_jax.actors.bridge import ActorSettings
+from sea_jax.actors.in_process import at_once
 from sea_jax.actors.journal import Journal, Written
-from sea_jax.types import Array, Candidates, Generate, Params, Prompts
+from sea_jax.types import Array, Candidates, Generate, Params, Prompts, Respond
 
 COMPARED = 2  # responses to each prompt whose log-probs are compared
 
@@ -151,3 +155,58 @@ class EngineResponder:
                 "Does it serve the same model, in a dtype that is precise enough? The oracle was asked nothing of this batch"
             )
         return Written(candidates, version, gap)
+
+
+class Responder(NamedTuple):
+    """Who answers the batches of prompts.
+
+    Attributes:
+      respond: answers one.
+      settle: returns when nothing is on its way any more; before a checkpoint is saved.
+      checkpointed: told how many batches were used when a checkpoint is saved.
+    """
+
+    respond: Respond
+    settle: Callable[[], None]
+    checkpointed: Callable[[int], None]
+
+
+@contextmanager
+def open_responder(
+    settings: ActorSettings,
+    generate: Generate,
+    *,
+    logprobs: Logprobs,
+    initial: Params,
+    next_batch: Callable[[int], tuple[Prompts, PRNGKeyArray]],
+    directory: Path,
+    checkpoints_kept: int,
+) -> Iterator[Responder]:
+    """Opens the way from prompts to candidates, in this process or through servers.
+
+    Args:
+      settings: ActorSettings.
+      generate: who writes.
+      logprobs, initial, next_batch: as of `EngineResponder`, of servers.
+      directory: where the responses of servers are kept until a checkpoint has passed them.
+      checkpoints_kept: how many.
+
+    Raises:
+      ValueError: several processes cannot write ahead.
+    """
+    if settings.kind == "in_process":
+        yield Responder(at_once(generate), lambda: None, lambda batches: None)
+        return
+    if settings.lag and jax.process_count() > 1:
+        raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
+    journal = Journal(directory, checkpoints_kept)
+    with EngineResponder(
+        generate,
+        logprobs,
+        journal,
+        max_logprob_gap=settings.max_logprob_gap,
+        initial=initial,
+        sync_every=settings.sync_every,
+        next_batch=next_batch if settings.lag else None,
+    ) as answers:
+        yield Responder(answers, answers.settle, journal.checkpointed)

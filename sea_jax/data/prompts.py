@@ -1,11 +1,11 @@
 """Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypedDict
 
 import grain
-import ml_collections
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int32
@@ -14,6 +14,79 @@ from sea_jax.data import batching, sources
 from sea_jax.data.near_duplicates import without_near_duplicates
 from sea_jax.data.sources import Record, digest
 from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.settings import AT_LEAST_1, GIVEN, NOT_NEGATIVE, one_of, setting
+
+# What data.path names for the sources that need one.
+PATHS: Mapping[str, str] = {
+    "jsonl": "a file of training prompts",
+    "parquet": "a file of training prompts, a directory of such files or a pattern",
+    "huggingface": "a directory, or the name of a data set on the hub",
+    "tfds": "the name of a data set",
+}
+
+# The sources that read a field, for fields that not all read: the others refuse it rather than pass over it.
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "heldout_path": ("jsonl", "parquet"),
+    "split": ("huggingface", "tfds"),
+    "heldout_split": ("huggingface", "tfds"),
+    "subset": ("huggingface",),
+    "directory": ("tfds",),
+}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where prompts come from, how they are split, rendered and batched."""
+
+    source: str = setting(
+        "docstrings",
+        'prompts: "docstrings" (built in), "jsonl", "parquet", "huggingface" or "tfds"',
+        one_of("docstrings", *PATHS),
+    )
+    path: str = setting(
+        "", "file; parquet: or directory of shards, or pattern; huggingface: directory or hub name; tfds: name"
+    )
+    heldout_path: str = setting("", 'jsonl, parquet: evaluation prompts, as path; "": heldout_fraction of path')
+    split: str = setting("train", "huggingface, tfds: split of the training prompts", GIVEN)
+    heldout_split: str = setting("", 'huggingface, tfds: split to evaluate on; "": heldout_fraction of split')
+    subset: str = setting("", 'huggingface: name of the data set\'s configuration; "": the default one')
+    directory: str = setting("", 'tfds: its data_dir; "": ~/tensorflow_datasets')
+    heldout_fraction: float = setting(
+        0.1,
+        "share of the prompts held out, by a hash of the prompt",
+        (lambda v: 0 < v < 1, "a number between 0 and 1"),
+    )
+    prompt_field: str = setting("prompt", "name of the field that holds the prompt", GIVEN)
+    reference_field: str = setting("", 'name of the field that holds a reference response; "": there are none')
+    template: str = setting(
+        "{prompt}",
+        "what the policy reads, {prompt} once",
+        (lambda v: v.count("{prompt}") == 1, "a text with {prompt} in it exactly once"),
+    )
+    chat: bool = setting(False, "wrap the filled template into the tokenizer's chat template")
+    system: str = setting("", 'system message of the chat template; "": none')
+    num_prompts: int = setting(
+        0, "training prompts used, a fixed random sample where they are split by hash; 0: all", NOT_NEGATIVE
+    )
+    max_prompt_tokens: int = setting(
+        1024, "longer prompts are filtered and counted", AT_LEAST_1, unit="tokens", source="paper, App. F"
+    )
+    bucket: int = setting(128, "prompts of a batch are padded to a multiple of it", AT_LEAST_1, unit="tokens")
+    batch_size: int = setting(128, "b, prompts per step", AT_LEAST_1, source="paper, App. F")
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for everything that does not go together."""
+        if self.source in PATHS and not self.path:
+            yield f"config.data.path='': data.source={self.source} needs {PATHS[self.source]}"
+        for name, readers in READ_BY.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.source not in readers and value not in ("", default):
+                only = " and ".join(readers)
+                yield f"config.data.{name}={value!r}: data.source={self.source} does not read it; only {only} do"
+        if self.system and not self.chat:
+            yield (
+                f"config.data.system={self.system!r}: only a chat template has a place for it; set config.data.chat=True"
+            )
 
 
 class Batch(TypedDict):
@@ -33,11 +106,11 @@ class Rendered(NamedTuple):
     tokens: list[int]
 
 
-def load_records(config: ml_collections.ConfigDict) -> tuple[list[Record], list[Record]]:
+def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
     """Reads the prompts that a config names, to train on and held out.
 
     Args:
-      config: the `data` part of a configuration. `source` says where from: "docstrings"; "jsonl" or "parquet", files at
+      settings: `source` says where from: "docstrings"; "jsonl" or "parquet", files at
         `path` and, to hold out, at `heldout_path`; "huggingface" or "tfds", the splits `split` and `heldout_split` of
         the data set `path`. Where nothing is named to hold out, `heldout_fraction` of the prompts is.
 
@@ -48,35 +121,37 @@ def load_records(config: ml_collections.ConfigDict) -> tuple[list[Record], list[
       ValueError: a field or the content of a source is not usable, or one of the two parts is empty.
       FileNotFoundError: a file or data set is missing.
     """
-    fields = {"prompt_field": config.prompt_field, "reference_field": config.reference_field}
+    fields = {"prompt_field": settings.prompt_field, "reference_field": settings.reference_field}
     heldout: list[Record] | None = None
-    if config.source == "docstrings":
+    if settings.source == "docstrings":
         records = sources.docstrings()
-    elif config.source in ("jsonl", "parquet"):
-        read_file = sources.jsonl if config.source == "jsonl" else sources.parquet
-        records = read_file(config.path, **fields)
-        if config.heldout_path:
-            heldout = read_file(config.heldout_path, **fields)
-    elif config.source in ("huggingface", "tfds"):
+    elif settings.source in ("jsonl", "parquet"):
+        read_file = sources.jsonl if settings.source == "jsonl" else sources.parquet
+        records = read_file(settings.path, **fields)
+        if settings.heldout_path:
+            heldout = read_file(settings.heldout_path, **fields)
+    elif settings.source in ("huggingface", "tfds"):
         read_split = (
-            partial(sources.huggingface, config.path, subset=config.subset, **fields)
-            if config.source == "huggingface"
-            else partial(sources.tfds, config.path, directory=config.directory, **fields)
+            partial(sources.huggingface, settings.path, subset=settings.subset, **fields)
+            if settings.source == "huggingface"
+            else partial(sources.tfds, settings.path, directory=settings.directory, **fields)
         )
-        records = read_split(split=config.split)
-        if config.heldout_split:
-            heldout = read_split(split=config.heldout_split)
+        records = read_split(split=settings.split)
+        if settings.heldout_split:
+            heldout = read_split(split=settings.heldout_split)
     else:
-        raise ValueError(f"data.source is {config.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds")
+        raise ValueError(
+            f"data.source is {settings.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds"
+        )
     if heldout is None:
-        train, heldout = split_records(records, config.heldout_fraction)
+        train, heldout = split_records(records, settings.heldout_fraction)
     else:
         train = without_near_duplicates(records, heldout)
         logging.info("dropped %d training prompts that nearly repeat a held-out one", len(records) - len(train))
     if not train or not heldout:
         raise ValueError(
-            f"data.source={config.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
-            f"are needed: change data.heldout_fraction (now {config.heldout_fraction}) or the data. Prompts that nearly "
+            f"data.source={settings.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
+            f"are needed: change data.heldout_fraction (now {settings.heldout_fraction}) or the data. Prompts that nearly "
             "repeat a held-out one are left out of training"
         )
     logging.info("%d training prompts, %d held out", len(train), len(heldout))
@@ -107,6 +182,34 @@ def split_records(records: Sequence[Record], heldout_fraction: float) -> tuple[l
     train = without_near_duplicates(others, heldout)
     logging.info("dropped %d training prompts that nearly repeat a held-out one", len(others) - len(train))
     return train, heldout
+
+
+def load_prompts(
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    num_heldout: int,
+    records: tuple[list[Record], list[Record]] | None = None,
+) -> tuple[list[Rendered], list[Rendered]]:
+    """Returns the training and the held-out prompts, rendered with the policy's tokenizer.
+
+    Args:
+      settings: DataSettings.
+      tokenizer: the policy's.
+      num_heldout: held-out prompts to keep, at most.
+      records: training and held-out records; None: they are read.
+    """
+    train, heldout = (
+        render_all(
+            some,
+            tokenizer,
+            template=settings.template,
+            chat=settings.chat,
+            system=settings.system,
+            max_prompt_tokens=settings.max_prompt_tokens,
+        )
+        for some in records or load_records(settings)
+    )
+    return train[: settings.num_prompts or None], heldout[:num_heldout]
 
 
 def render(prompt: str, tokenizer: Tokenizer, *, template: str, chat: bool, system: str = "") -> list[int]:

@@ -4,11 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # without it the import advises to install PyTorch
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Tokenizer:
       vocab_size: the largest token id plus one.
     """
 
-    backend: PreTrainedTokenizerBase
+    backend: "PreTrainedTokenizerBase"
     eos_id: int
     pad_id: int
     vocab_size: int
@@ -92,6 +94,8 @@ def load(directory: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{directory} is not a directory; a tokenizer is read from a directory with a tokenizer.json"
         )
+    from transformers import AutoTokenizer  # takes seconds, which only those should wait who read a model
+
     try:
         backend = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, down to the bare Exception of the Rust parser

@@ -1,16 +1,18 @@
 """One way from a duel to its label: asked on disk first, then by the oracle or the ERM, and on disk before anyone learns."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sea_jax.oracles.ledger import Ledger, LedgerError
+from sea_jax.oracles.preferences import drawn_order
 from sea_jax.runtime import processes
-from sea_jax.types import Array, Oracle
+from sea_jax.types import Array, Judgement, Oracle
 
 
 @dataclass(frozen=True)
@@ -51,52 +53,82 @@ class Question:
 
 
 def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: Array) -> list[float]:
-    """Labels every question; a question that the ledger already answers is not asked again.
+    """Labels every question that is answered; one that the ledger knows of is not asked again.
 
     Args:
       questions: N pairs.
-      oracle: asked about those that neither the ledger nor the ERM has answered.
-      ledger: every ask is on disk (fsync) when the oracle is asked, every new label when this returns.
+      oracle: asked about those that neither the ledger nor the ERM has answered; each is shown in a random order.
+      ledger: every ask is on disk (fsync) when the oracle is asked, every answer as soon as it comes; what is not answered
+        stands there as an abstention when this returns.
       keys: [N] random keys, one per question.
 
     Returns:
-      N probabilities that the first response wins.
+      N probabilities that the first response wins; NaN where the oracle has no answer, which costs nothing.
 
     Raises:
       LedgerError: the ledger holds another pair under a question's key.
-      OSError: the oracle's service is gone, or the disk is full or gone; started again, the run asks under the same keys.
+      OSError: the oracle's service is gone, or the disk is full or gone; started again, the run asks under the same keys
+        what it has no answer to.
     """
     entries = [question.entry() for question in questions]
-    known = [_known(ledger, entry) for entry in entries]
-    asked = [i for i, question in enumerate(questions) if known[i] is None and question.erm_label is None]
-    for question, entry in zip(questions, entries, strict=True):
-        if question.erm_label is not None:
-            entry |= {"probability": question.erm_label, "label": question.erm_label, "counted": False}
+    known = [_look_up(ledger, entry) for entry in entries]
+    asked = [row for row, question in enumerate(questions) if known[row] is None and question.erm_label is None]
+    ready: set[int] = set()  # rows that are labelled and not yet on disk
+    for row, question in enumerate(questions):
+        if known[row] is None and question.erm_label is not None:
+            entries[row] |= {"probability": question.erm_label, "label": question.erm_label, "counted": False}
+            ready.add(row)
+
+    def record() -> None:
+        processes.together(lambda: ledger.record([entries[row] for row in sorted(ready)]), "the ledger")
+        for row in ready:
+            known[row] = entries[row]
+        ready.clear()
+
     if asked:
-        processes.together(lambda: ledger.ask(entries[i] for i in asked), "the ledger")
+        asked_keys = jnp.stack([keys[row] for row in asked])
+        swapped = drawn_order(asked_keys)
+        for row, swap in zip(asked, swapped.tolist(), strict=True):
+            entries[row]["swapped"] = swap
+        processes.together(lambda: ledger.ask(entries[row] for row in asked), "the ledger")
+        judgements = oracle(
+            [questions[row].prompt for row in asked],
+            [questions[row].first for row in asked],
+            [questions[row].second for row in asked],
+            swapped,
+            asked_keys,
+            [f"{ledger.run_id}/{questions[row].key}" for row in asked],
+        )
+        for judgement in _name_failures(judgements, len(asked), ledger):
+            for number, probability, value in zip(*judgement, strict=True):
+                row = asked[number]
+                entries[row] |= {"probability": float(probability), "label": float(value), "counted": True}
+                ready.add(row)
+            record()
+        silent = [entries[row] for row in asked if known[row] is None]
+        processes.together(lambda: ledger.abstain(silent), "the ledger")
+    record()
+    return [float(np.float32(line["label"])) if line and "label" in line else math.nan for line in known]
+
+
+def _name_failures(judgements: Iterator[Judgement], count: int, ledger: Ledger) -> Iterator[Judgement]:
+    """The judgements of an oracle as they come; a service that is gone is named, and what becomes of its questions."""
+    while True:
         try:
-            judgement = oracle(
-                [questions[i].prompt for i in asked],
-                [questions[i].first for i in asked],
-                [questions[i].second for i in asked],
-                jax.numpy.stack([keys[i] for i in asked]),
-                [f"{ledger.run_id}/{questions[i].key}" for i in asked],
-            )
+            judgement = next(judgements, None)
         except OSError as error:
             raise OSError(
-                f"the oracle did not answer: {str(error) or type(error).__name__}. What it was asked, {len(asked)} pairs, "
+                f"the oracle did not answer: {str(error) or type(error).__name__}. What it was asked, {count} pairs, "
                 f"stands in {ledger.path}: start the same command again, and it is asked again under the same keys"
             ) from error
-        for i, probability, value in zip(asked, judgement.probability, judgement.label, strict=True):
-            entries[i] |= {"probability": float(probability), "label": float(value), "counted": True}
-    new = [entry for entry, line in zip(entries, known, strict=True) if line is None]
-    processes.together(lambda: ledger.record(new), "the ledger")
-    return [float(np.float32((line or entry)["label"])) for entry, line in zip(entries, known, strict=True)]
+        if judgement is None:
+            return
+        yield judgement
 
 
-def _known(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the ledger holds of this pair, if it was labelled before a restart."""
-    line = ledger.find(entry["key"])
+def _look_up(ledger: Ledger, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the ledger holds of this pair, if it was labelled, or not answered, before a restart."""
+    line = ledger.find(entry["key"]) or ledger.abstained(entry["key"])
     former = line or ledger.asked(entry["key"])
     if former is not None and former["digest"] != entry["digest"]:
         raise LedgerError(

@@ -22,9 +22,10 @@ class LedgerError(ValueError):
 class Ledger:
     """`queries.jsonl`: what the oracle is asked before it is asked, every label before it is used.
 
-    A question to the oracle is two lines, an "ask" and, once it is answered, a "label"; a label that the ERM gives is one
-    "label" line with everything in it. A line's `key` names the pair within the run: a pair that was labelled before a
-    crash is found here when the run comes past it again, and one that was only asked is asked again under the same name.
+    A question to the oracle is two lines, an "ask" and, once it is answered, a "label", or an "abstention" where the step
+    went on without an answer; a label that the ERM gives is one "label" line with everything in it. A line's `key` names the
+    pair within the run: a pair that was labelled before a crash is found here when the run comes past it again, and one that
+    was only asked is asked again under the same name.
 
     Attributes:
       path: the file.
@@ -45,6 +46,7 @@ class Ledger:
         self.path = path
         self._asks: dict[str, dict[str, Any]] = {}
         self._labelled: dict[str, dict[str, Any]] = {}
+        self._abstained: set[str] = set()
         self._file = _locked(path) if writes else None
         content = path.read_bytes() if path.exists() else b""
         self._size = self._read(content)
@@ -87,6 +89,10 @@ class Ledger:
         """
         return self._labelled.get(key)
 
+    def abstained(self, key: str) -> Mapping[str, Any] | None:
+        """Returns what was asked under this key if the step went on without an answer, or None."""
+        return self._asks[key] if key in self._abstained else None
+
     def ask(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Appends asks and returns when they are on disk (fsync); one whose key is there already is left as it is.
 
@@ -120,6 +126,19 @@ class Ledger:
         )
         self._labelled |= {key: asks[key] | entry for key, entry in new.items()}
 
+    def abstain(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Appends that asks are not answered and returns when that is on disk (fsync): a resumed run does not ask again.
+
+        Args:
+          entries: asks with at least "key" (str).
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        new = [entry["key"] for entry in entries if entry["key"] not in self._abstained]
+        self._append([{"event": "abstention", "key": key} for key in new])
+        self._abstained |= set(new)
+
     def counted(self) -> int:
         """Returns how many labels are paid queries."""
         return sum(bool(entry["counted"]) for entry in self._labelled.values())
@@ -144,6 +163,10 @@ class Ledger:
                     if not whole.keys() >= {"digest", "label", "counted"}:
                         raise ValueError("a label without what was asked")
                     self._labelled[key] = whole
+                elif event == "abstention":
+                    if key not in self._asks:
+                        raise ValueError("an abstention without what was asked")
+                    self._abstained.add(key)
                 else:
                     raise ValueError(f"event {event!r}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:

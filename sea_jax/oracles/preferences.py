@@ -1,14 +1,13 @@
 """Who labels a duel. A preference is noise-free taste; an oracle turns it into labels, and wrappers add noise to any oracle."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Key
+from jaxtyping import Bool, Float64, Int, Key
 from scipy.special import expit
 
 from sea_jax.types import Array, Judgement, Oracle, Preference, Reward
@@ -30,6 +29,7 @@ def by_reward(reward: Reward, scale: float) -> Preference:
         count = len(prompts)
         return expit(scale * (rewards[:count] - rewards[count:]))
 
+    preference.pointwise = True  # type: ignore[attr-defined]
     return preference
 
 
@@ -52,20 +52,69 @@ def soft(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarr
 LABELS: Mapping[str, Labels] = {"deterministic": deterministic, "bradley_terry": bradley_terry, "soft": soft}
 
 
-def probabilities(
-    preference: Preference, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-) -> Float64[np.ndarray, " N"]:
-    """Returns P(first wins) as a preference, which may be anybody's code, says.
+ORDER = 0x6F726465  # folded into an ask's key, apart from what its noise is drawn from
+
+
+def drawn_order(keys: Keys) -> Bool[np.ndarray, " N"]:
+    """Draws which pairs are shown the other way round, from the keys of their asks."""
+    return np.asarray(jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, ORDER)))(keys))
+
+
+def answers(
+    preference: Preference,
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    swapped: Bool[np.ndarray, " N"],
+    **names: Any,
+) -> Iterator[tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
+    """Yields what a preference says, which may be anybody's code, as its answers come.
+
+    Args:
+      preference: Preference.
+      prompts: N.
+      first: N responses.
+      second: N responses.
+      swapped: pairs that are shown the other way round unless the preference is pointwise.
+      names: handed on to the preference.
+
+    Yields:
+      Rows and P(first wins) of those that are answered, turned back.
 
     Raises:
-      ValueError: it returns another number of values, or one outside [0, 1].
+      ValueError: it answers with another number of values, a row that it was not asked about or has answered before, or
+        a number outside [0, 1].
     """
-    probability = np.asarray(preference(prompts, first, second), np.float64)
-    if probability.shape != (len(prompts),):
-        raise ValueError(f"the oracle was asked about {len(prompts)} pairs and returned shape {probability.shape}")
-    if not ((probability >= 0) & (probability <= 1)).all():
-        raise ValueError(f"the oracle's probabilities must lie in [0, 1]; found {probability}")
-    return probability
+    if getattr(preference, "pointwise", False):
+        swapped = np.zeros(len(prompts), bool)
+    shown_first = [b if swap else a for a, b, swap in zip(first, second, swapped, strict=True)]
+    shown_second = [a if swap else b for a, b, swap in zip(first, second, swapped, strict=True)]
+    answered: set[int] = set()
+    for rows, probability in _chunks(preference(prompts, shown_first, shown_second, **names), len(prompts)):
+        for row in rows.tolist():
+            if row not in range(len(prompts)) or row in answered:
+                raise ValueError(
+                    f"the oracle was asked about {len(prompts)} pairs and answered about pair {row} (again?)"
+                )
+            answered.add(row)
+        known = ~np.isnan(probability)
+        rows, probability = rows[known], probability[known]
+        if not ((probability >= 0) & (probability <= 1)).all():
+            raise ValueError(f"the oracle's probabilities must lie in [0, 1]; found {probability}")
+        if len(rows):
+            yield rows, np.where(swapped[rows], 1 - probability, probability)
+
+
+def _chunks(said: Any, count: int) -> Iterator[tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
+    """Rows and probabilities, NaN where there is no answer, of whatever form a preference answers in."""
+    if isinstance(said, Iterator):
+        for row, probability in said:
+            yield np.array([row]), np.array([probability], np.float64)
+        return
+    probability = np.asarray(said, np.float64)  # None becomes NaN
+    if probability.shape != (count,):
+        raise ValueError(f"the oracle was asked about {count} pairs and returned shape {probability.shape}")
+    yield np.arange(count), probability
 
 
 def labelled(preference: Preference, labels: Labels) -> Oracle:
@@ -82,11 +131,16 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
     wants_keys = _wants_keys(preference)
 
     def oracle(
-        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Keys, asks: Sequence[str]
-    ) -> Judgement:
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
+        asks: Sequence[str],
+    ) -> Iterator[Judgement]:
         names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
-        probability = probabilities(partial(preference, **names), prompts, first, second)
-        return Judgement(probability, labels(probability, keys))
+        for rows, probability in answers(preference, prompts, first, second, swapped, **names):
+            yield Judgement(rows, probability, labels(probability, keys[rows]))
 
     return oracle
 
@@ -112,11 +166,17 @@ def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
     """
 
     def noisy(
-        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], keys: Keys, asks: Sequence[str]
-    ) -> Judgement:
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
+        asks: Sequence[str],
+    ) -> Iterator[Judgement]:
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        judgement = oracle(prompts, first, second, inner, asks)
         flip = np.asarray(jax.vmap(jax.random.uniform)(own)) < flip_probability
-        return judgement._replace(label=np.where(flip, 1 - judgement.label, judgement.label))
+        for judgement in oracle(prompts, first, second, swapped, inner, asks):
+            label = np.where(flip[judgement.rows], 1 - judgement.label, judgement.label)
+            yield judgement._replace(label=label)
 
     return noisy

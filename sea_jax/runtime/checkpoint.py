@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -18,11 +19,22 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from sea_jax.runtime import processes
+from sea_jax.settings import AT_LEAST_1, setting
 
 Checkpointer: TypeAlias = ocp.training.Checkpointer
 Found = TypeVar("Found")
 
 SETTINGS = r"\n| \[tensorstore_spec| See full TensorStore"  # where they begin
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the state of a run is saved."""
+
+    every_steps: int = setting(
+        10, "between checkpoints; with actor.sync_every, the next push after them", AT_LEAST_1, unit="steps"
+    )
+    keep: int = setting(2, "newest checkpoints kept", AT_LEAST_1)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from sea_jax.runtime.metrics import NotFiniteError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Path of the configuration file.", lock_config=True)
 
+HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field of the configuration, and stop.")
+
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic", True, "On GPUs: the same numbers every time, without which a stopped run may not go on."
 )

@@ -1,13 +1,12 @@
 """Several processes, one run: all compute, the first alone asks and writes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float64
 
 from sea_jax.types import Preference
 
@@ -112,7 +111,7 @@ def by_first(task: Callable[[], Answer], otherwise: Answer, what: str) -> Answer
 
 
 def asked_by_first(preference: Preference) -> Preference:
-    """Lets the first process ask a preference, once, and tells the others the answer.
+    """Lets the first process ask a preference, once, and tells the others each answer as it comes.
 
     Every process must call it, with the same arguments.
     """
@@ -120,14 +119,20 @@ def asked_by_first(preference: Preference) -> Preference:
         return preference
 
     @functools.wraps(preference)  # whoever asks looks for the parameters of the preference's own
-    def ask(
-        prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any
-    ) -> Float64[np.ndarray, " N"]:
-        answer = by_first(
-            lambda: np.asarray(preference(prompts, first, second, **names), np.float64),
-            np.zeros(len(prompts)),
-            "the oracle",
-        )
+    def ask(prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **names: Any) -> Any:
+        said = by_first(lambda: preference(prompts, first, second, **names), None, "the oracle")
+        if of_first(isinstance(said, Iterator)):
+            return one_by_one(said)
+        answer = by_first(lambda: np.asarray(said, np.float64), np.zeros(0), "the oracle")
         return np.frombuffer(bytes_of_first(answer.tobytes()))  # JAX would round float64 to float32
+
+    def one_by_one(said: Any) -> Iterator[tuple[int, float]]:
+        while True:
+            answer = by_first(lambda: next(said, None), None, "the oracle")
+            told = bytes_of_first(b"" if answer is None else np.asarray(answer, np.float64).tobytes())
+            if not told:
+                return
+            row, probability = np.frombuffer(told)
+            yield int(row), float(probability)
 
     return ask

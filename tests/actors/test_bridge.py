@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from sea_jax.actors.bridge import bridge
-from sea_jax.actors.generation import SamplingConfig
 from sea_jax.actors.in_process import in_process
 from sea_jax.models import decoder
 from sea_jax.models.checkpoints import hf
 from sea_jax.types import OtherVersion
 from tests.support import tiny
 
-HOW = SamplingConfig(num_samples=2, max_new_tokens=4, eos_ids=(3,), pad_id=9, temperature=0.7, top_k=5, top_p=0.9)
+HOW = tiny.generation_config(
+    num_samples=2, max_new_tokens=4, eos_ids=(3,), pad_id=9, temperature=0.7, top_k=5, top_p=0.9
+)
 FROZEN, TRAINED = decoder.divide(tiny.params(cuts=(2,)), 1)
 
 

@@ -12,17 +12,17 @@ from scipy import special, stats
 
 from sea_jax import features, learner
 from sea_jax.actors import generation
-from sea_jax.actors.generation import SamplingConfig
+from sea_jax.actors.generation import GenerationConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, Candidates, Params, Prompts
 from tests.support import tiny
 
 PAD = 36
-SAMPLED = SamplingConfig(
+SAMPLED = tiny.generation_config(
     num_samples=4, max_new_tokens=6, eos_ids=(0, 1, 2, 3, 4), pad_id=PAD, temperature=1.5, feature_stack=1
 )
-GREEDY = SamplingConfig(num_samples=1, max_new_tokens=9, eos_ids=(5,), pad_id=PAD, temperature=0.0)
+GREEDY = tiny.generation_config(num_samples=1, max_new_tokens=9, eos_ids=(5,), pad_id=PAD, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def prompts() -> Prompts:
     )  # rows 0 and 2 are the same prompt
 
 
-def generate(params: Params, prompts: Prompts, sampling: SamplingConfig, seed: int = 0) -> Candidates:
+def generate(params: Params, prompts: Prompts, sampling: GenerationConfig, seed: int = 0) -> Candidates:
     return generation.generate(params, prompts, jax.random.key(seed), config=tiny.CONFIG, sampling=sampling)
 
 
@@ -202,7 +202,7 @@ def test_the_loop_stops_when_every_response_has_ended(prompts, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(decoder, "decode", counted)
-    sampling = SamplingConfig(num_samples=2, max_new_tokens=7, eos_ids=(11,), pad_id=PAD)
+    sampling = tiny.generation_config(num_samples=2, max_new_tokens=7, eos_ids=(11,), pad_id=PAD)
     found = generate(certain(11), prompts, sampling)
     jax.effects_barrier()
     assert steps == [0]

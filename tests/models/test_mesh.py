@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_one_device(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("one") / "run"
-    train.train(sharded_run.configured((1, 1, 1), models), workdir)
-    return workdir
+def on_mesh(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...]], Path]:
+    """The work directory of a run on a mesh, which is made once."""
+
+    @functools.cache
+    def run(mesh: tuple[int, ...]) -> Path:
+        workdir = tmp_path_factory.mktemp("mesh") / "run"
+        train.train(sharded_run.configured(mesh, models), workdir)
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one_device(on_mesh: Callable[[tuple[int, ...]], Path]) -> Path:
+    return on_mesh((1, 1, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_on_a_mesh_has_the_numbers_of_one_device(
-    mesh: tuple[int, ...], models: Path, on_one_device: Path, tmp_path: Path
+    mesh: tuple[int, ...], on_mesh: Callable[[tuple[int, ...]], Path], on_one_device: Path
 ) -> None:
-    train.train(sharded_run.configured(mesh, models), tmp_path / "run")
-    assert_equal_up_to_rounding(tmp_path / "run", on_one_device)
+    assert_equal_up_to_rounding(on_mesh(mesh), on_one_device)
 
 
 @pytest.mark.slow
@@ -173,10 +183,13 @@ def test_a_mesh_that_divides_neither_batch_nor_heads_is_refused(
 
 @pytest.mark.slow
 def test_a_run_on_a_mesh_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bit(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    on_mesh: Callable[[tuple[int, ...]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    undisturbed = on_mesh((2, 2, 2))
     config = sharded_run.configured((2, 2, 2), models)
-    train.train(config, tmp_path / "undisturbed")
     real_step = agent.step
 
     def interrupted(this: agent.Agent, state: agent.State, key: Any) -> Any:
@@ -189,8 +202,8 @@ def test_a_run_on_a_mesh_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bi
         train.train(config, tmp_path / "stopped")
     monkeypatch.setattr(agent, "step", real_step)
     train.train(config, tmp_path / "stopped")
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "undisturbed")
-    ledgers = [(tmp_path / name / "queries.jsonl").read_bytes() for name in ("stopped", "undisturbed")]
+    assert metrics(tmp_path / "stopped") == metrics(undisturbed)
+    ledgers = [(workdir / "queries.jsonl").read_bytes() for workdir in (tmp_path / "stopped", undisturbed)]
     assert ledgers[0] == ledgers[1]
 
 

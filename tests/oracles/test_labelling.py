@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,12 @@ class Spy:
         self.asks: list[list[str]] = []
         self.on_disk: list[list[dict[str, Any]]] = []
 
-    def __call__(self, prompts, first, second, keys, asks) -> Judgement:
+    def __call__(self, prompts, first, second, swapped, keys, asks) -> Iterator[Judgement]:
         self.asked.append((list(prompts), list(first), list(second)))
         self.asks.append(asks)
         self.on_disk.append(written(self.path))
-        assert keys.shape == (len(prompts),)
-        return Judgement(np.full(len(prompts), 0.75), np.ones(len(prompts)))
+        assert keys.shape == swapped.shape == (len(prompts),)
+        yield Judgement(np.arange(len(prompts)), np.full(len(prompts), 0.75), np.ones(len(prompts)))
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -65,8 +67,15 @@ def test_the_ask_is_on_disk_when_the_oracle_is_asked_and_the_label_when_it_is_ou
         lines = written(path)
     assert spy.asked == [(["prompt 0", "prompt 1"], ["first 0", "first 1"], ["second 0", "second 1"])]
     assert spy.on_disk == [lines[:2]]
+    swapped = preferences.drawn_order(keys[:3]).tolist()
     fields = {"key": "4-1", "step": 4, "prompt_id": "post-1", "first": "first 1", "second": "second 1"}
-    assert lines[1] == {"event": "ask", **fields, "digest": lines[1]["digest"], "labeller": "oracle"}
+    assert lines[1] == {
+        "event": "ask",
+        **fields,
+        "digest": lines[1]["digest"],
+        "labeller": "oracle",
+        "swapped": swapped[1],
+    }
     assert lines[3] == {"event": "label", "key": "4-1", "probability": 0.75, "label": 1.0, "counted": True}
     erm = {"labeller": "erm", "probability": 0.5, "label": 0.5, "counted": False}
     assert lines[4].items() >= (erm | {"event": "label", "key": "4-2", "first": "first 2"}).items()
@@ -82,9 +91,10 @@ def test_a_batch_of_asks_and_a_batch_of_labels_are_synced_once_each(path, keys, 
 
 
 def test_an_ask_is_named_after_its_run_and_bears_the_same_name_when_it_is_sent_again(tmp_path, keys):
-    def failing(prompts, first, second, keys, asks):
+    def failing(prompts, first, second, swapped, keys, asks):
         sent.append(asks)
         raise ConnectionRefusedError("nobody there")
+        yield
 
     sent: list[list[str]] = []
     first, second = tmp_path / "first" / "queries.jsonl", tmp_path / "second" / "queries.jsonl"
@@ -150,7 +160,9 @@ def test_a_label_is_the_same_number_before_and_after_a_restart(path, keys):
     with Ledger(path) as ledger:
         fresh = labelling.label([question(0)], third, ledger, keys[:1])
     with Ledger(path) as ledger:
-        assert labelling.label([question(0)], third, ledger, keys[:1]) == fresh == [float(np.float32(1 / 3))]
+        assert labelling.label([question(0)], third, ledger, keys[:1]) == fresh
+    (swapped,) = preferences.drawn_order(keys[:1])
+    assert fresh == [float(np.float32(2 / 3 if swapped else 1 / 3))]
 
 
 def test_noise_does_not_depend_on_what_else_is_asked(tmp_path, keys):
@@ -170,6 +182,50 @@ def test_noise_does_not_depend_on_what_else_is_asked(tmp_path, keys):
         again = labelling.label(mixed, drawn, ledger, many)
     assert again[6] == 0.5
     assert [again[i] for i in (*even, *odd) if i != 6] == [together[i] for i in (*even, *odd) if i != 6]
+
+
+def one_by_one(path, rows, seen):
+    """An oracle that answers about some rows, one after the other, and remembers what stood on disk before each."""
+
+    def oracle(prompts, first, second, swapped, keys, asks):
+        for row in rows:
+            seen.append([line["key"] for line in written(path) if line["event"] == "label"])
+            yield Judgement(np.array([row]), np.array([0.75]), np.ones(1))
+
+    return oracle
+
+
+def test_an_answer_is_on_disk_before_the_next_is_awaited_and_what_is_not_answered_stands_there_too(path, keys):
+    seen: list[list[str]] = []
+    questions = [question(0), question(1), question(2, 0.5), question(3)]
+    with Ledger(path) as ledger:
+        labels = labelling.label(questions, one_by_one(path, [2, 0], seen), ledger, keys)
+        assert ledger.counted() == 2
+    assert labels[:1] + labels[2:] == [1.0, 0.5, 1.0]
+    assert math.isnan(labels[1])
+    assert seen == [[], ["4-2", "4-3"]]  # with the first answer, also what the ERM said
+    assert written(path)[-1] == {"event": "abstention", "key": "4-1"}
+    content, spy = path.read_bytes(), Spy(path)
+    with Ledger(path) as ledger:  # the same step again, after a restart: nobody is asked about what was passed over
+        again = labelling.label(questions, spy, ledger, keys)
+    assert spy.asked == []
+    assert math.isnan(again[1])
+    assert again[0] == again[3] == 1.0
+    assert path.read_bytes() == content
+
+
+def test_answers_that_came_before_a_failure_are_kept(path, keys):
+    def failing(prompts, first, second, swapped, keys, asks):
+        yield Judgement(np.array([1]), np.array([0.25]), np.zeros(1))
+        raise ConnectionResetError("gone")
+
+    with Ledger(path) as ledger, pytest.raises(OSError, match=r"the oracle did not answer: gone.*2 pairs"):
+        labelling.label([question(0), question(1)], failing, ledger, keys[:2])
+    spy = Spy(path)
+    with Ledger(path) as ledger:
+        assert ledger.counted() == 1
+        assert labelling.label([question(0), question(1)], spy, ledger, keys[:2]) == [1.0, 0.0]
+    assert [asked[0] for asked in spy.asked] == [["prompt 0"]]
 
 
 @pytest.mark.parametrize("field", ["prompt_id", "first", "second"])

@@ -17,7 +17,7 @@ from sea_jax.models.config import EncoderConfig, ModelConfig
 from sea_jax.oracles import preferences
 from sea_jax.oracles.embedding import ENCODER_BATCH, embed_texts, embedding_similarity
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
-from sea_jax.types import Judgement
+from sea_jax.types import Judgement, Oracle
 from tests.support import tiny
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
@@ -47,6 +47,18 @@ def texts(count: int) -> tuple[list[str], list[str], list[str]]:
 def names(count: int) -> list[str]:
     """Of asks."""
     return [f"run/{i}" for i in range(count)]
+
+
+AS_THEY_ARE = np.zeros(2, bool)  # neither of two pairs is shown the other way round
+
+
+def asked(oracle: Oracle, count: int, swapped: np.ndarray | None = None) -> Judgement:
+    """What an oracle says of pairs on which it answers all at once."""
+    (judgement,) = oracle(
+        *texts(count), np.zeros(count, bool) if swapped is None else swapped, keys(count), names(count)
+    )
+    np.testing.assert_array_equal(judgement.rows, np.arange(count))
+    return judgement
 
 
 def always(probability: float) -> preferences.Preference:
@@ -83,14 +95,14 @@ def test_bradley_terry_draws_as_often_as_is_probable():
 
 @pytest.mark.parametrize("name", preferences.LABELS)
 def test_an_oracle_tells_the_probability_and_the_label(name):
-    asked = []
+    shown = []
 
     def preference(prompts, first, second):
-        asked.append((prompts, first, second))
+        shown.append((prompts, first, second))
         return np.array([0.75, 0.25], np.float32)
 
-    judgement = preferences.labelled(preference, preferences.LABELS[name])(*texts(2), keys(2), names(2))
-    assert asked == [texts(2)]
+    judgement = asked(preferences.labelled(preference, preferences.LABELS[name]), 2)
+    assert shown == [texts(2)]
     assert judgement.probability.dtype == judgement.label.dtype == np.float64
     np.testing.assert_array_equal(judgement.probability, [0.75, 0.25])
     np.testing.assert_array_equal(judgement.label, preferences.LABELS[name](judgement.probability, keys(2)))
@@ -104,13 +116,81 @@ def test_an_oracle_tells_the_probability_and_the_label(name):
         (np.array(0.5), r"returned shape \(\)"),
         (np.array([0.5, 1.1]), r"must lie in \[0, 1\]; found .*1\.1"),
         (np.array([-0.1, 0.5]), r"must lie in \[0, 1\]"),
-        (np.array([np.nan, 0.5]), r"must lie in \[0, 1\]"),
+        (iter([(0, 0.5), (0, 0.5)]), r"asked about 2 pairs and answered about pair 0 \(again\?\)"),
+        (iter([(2, 0.5)]), r"answered about pair 2"),
+        (iter([(0, 1.1)]), r"must lie in \[0, 1\]"),
     ],
 )
 def test_an_answer_that_is_no_probability_is_refused(answer, message):
     oracle = preferences.labelled(lambda prompts, first, second: answer, preferences.soft)
     with pytest.raises(ValueError, match=message):
-        oracle(*texts(2), keys(2), names(2))
+        list(oracle(*texts(2), AS_THEY_ARE, keys(2), names(2)))
+
+
+@pytest.mark.parametrize("silence", [None, np.nan])
+def test_a_pair_without_an_answer_is_left_out(silence):
+    oracle = preferences.labelled(lambda prompts, first, second: [0.25, silence, 1.0], preferences.bradley_terry)
+    (judgement,) = oracle(*texts(3), np.zeros(3, bool), keys(3), names(3))
+    assert judgement.rows.tolist() == [0, 2]
+    assert judgement.probability.tolist() == [0.25, 1.0]
+    whole = asked(preferences.labelled(lambda *_: np.array([0.25, 0.5, 1.0]), preferences.bradley_terry), 3)
+    assert judgement.label.tolist() == whole.label[[0, 2]].tolist()  # the noise of a pair is its own
+    silent = preferences.labelled(lambda prompts, first, second: [silence] * 3, preferences.soft)
+    assert list(silent(*texts(3), np.zeros(3, bool), keys(3), names(3))) == []
+
+
+def test_answers_are_handed_on_one_by_one_as_they_come():
+    said = []
+
+    def slow(prompts, first, second):
+        for row, probability in ((2, 1.0), (0, 0.25)):
+            said.append(row)
+            yield row, probability
+
+    judgements = preferences.flipped(preferences.labelled(slow, preferences.soft), 1.0)(
+        *texts(3), np.array([True, False, False]), keys(3), names(3)
+    )
+    for row, probability in ((2, 1.0), (0, 0.75)):  # the first pair was shown the other way round
+        judgement = next(judgements)
+        assert said[-1] == row
+        assert (judgement.rows.tolist(), judgement.probability.tolist()) == ([row], [probability])
+        assert judgement.label.tolist() == [1 - probability]
+    assert next(judgements, None) is None
+
+
+def test_a_pair_is_shown_the_other_way_round_and_its_answer_turned_back():
+    shown = []
+
+    def likes_the_first_slot(prompts, first, second):
+        shown.append((first, second))
+        return np.array([0.75, 0.75])
+
+    judgement = asked(preferences.labelled(likes_the_first_slot, preferences.deterministic), 2, np.array([False, True]))
+    assert shown == [(["y0", "z1"], ["z0", "y1"])]
+    assert judgement.probability.tolist() == [0.75, 0.25]
+    assert judgement.label.tolist() == [1.0, 0.0]
+
+
+def test_a_reward_has_no_order_to_be_swapped():
+    shown = []
+
+    def reward(prompts, responses):
+        shown.append(responses)
+        return np.arange(4.0)
+
+    asked(preferences.labelled(preferences.by_reward(reward, 1.0), preferences.soft), 2, np.array([True, True]))
+    assert shown == [["y0", "y1", "z0", "z1"]]
+
+
+def test_the_order_is_drawn_from_the_asks_key_apart_from_its_noise():
+    swapped = preferences.drawn_order(keys(2000))
+    assert stats.binomtest(int(swapped.sum()), 2000, 0.5).pvalue > 0.01
+    np.testing.assert_array_equal(preferences.drawn_order(keys(2000)[5:9]), swapped[5:9])
+    for noisy in (always(0.5), always(0.5)):
+        label = asked(preferences.labelled(noisy, preferences.bradley_terry), 2000).label
+        flipped = asked(preferences.flipped(preferences.labelled(noisy, preferences.bradley_terry), 0.5), 2000).label
+        for drawn in (label, flipped):
+            assert stats.fisher_exact(np.histogram2d(swapped, drawn, bins=2)[0]).pvalue > 0.01
 
 
 def test_only_a_preference_that_takes_keys_is_given_the_names_of_the_asks():
@@ -125,12 +205,12 @@ def test_only_a_preference_that_takes_keys_is_given_the_names_of_the_asks():
             return service(prompts, first, second, keys)
 
     for preference in (service, Service(), partial(service)):
-        preferences.flipped(preferences.labelled(preference, preferences.soft), 0.1)(*texts(2), keys(2), names(2))
+        asked(preferences.flipped(preferences.labelled(preference, preferences.soft), 0.1), 2)
     assert received == [["run/0", "run/1"]] * 3
     plain = preferences.labelled(
         lambda p, first, second, **others: np.full(len(p), float(bool(others))), preferences.soft
     )
-    assert plain(*texts(2), keys(2), names(2)).label.tolist() == [0.0, 0.0]
+    assert asked(plain, 2).label.tolist() == [0.0, 0.0]
 
 
 def test_keys_need_a_default_for_when_win_rates_are_measured():
@@ -143,7 +223,7 @@ def test_keys_need_a_default_for_when_win_rates_are_measured():
 
 def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
     oracle = preferences.flipped(preferences.labelled(always(0.9), preferences.deterministic), 0.1)
-    judgement = oracle(*texts(2000), keys(2000), names(2000))
+    judgement = asked(oracle, 2000)
     np.testing.assert_array_equal(judgement.probability, 0.9)
     assert set(judgement.label) == {0.0, 1.0}
     assert stats.binomtest(int((judgement.label == 0).sum()), 2000, 0.1).pvalue > 0.01
@@ -152,24 +232,23 @@ def test_flips_come_as_often_as_they_should_and_leave_the_probability_alone():
 def test_flips_wrap_any_oracle():
     received = []
 
-    def own(prompts, first, second, keys, asks):
+    def own(prompts, first, second, swapped, keys, asks):
         received.append((prompts, first, second, asks))
-        return Judgement(np.array([0.5, 0.6]), np.array([0.25, 1.0]))
+        yield Judgement(np.arange(2), np.array([0.5, 0.6]), np.array([0.25, 1.0]))
 
-    always_flipped = preferences.flipped(own, 1.0)(*texts(2), keys(2), names(2))
+    always_flipped = asked(preferences.flipped(own, 1.0), 2)
     np.testing.assert_array_equal(always_flipped.label, [0.75, 0.0])
     np.testing.assert_array_equal(always_flipped.probability, [0.5, 0.6])
-    np.testing.assert_array_equal(preferences.flipped(own, 0.0)(*texts(2), keys(2), names(2)).label, [0.25, 1.0])
-    np.testing.assert_array_equal(
-        preferences.flipped(preferences.flipped(own, 1.0), 1.0)(*texts(2), keys(2), names(2)).label, [0.25, 1.0]
-    )
+    np.testing.assert_array_equal(asked(preferences.flipped(own, 0.0), 2).label, [0.25, 1.0])
+    twice = preferences.flipped(preferences.flipped(own, 1.0), 1.0)
+    np.testing.assert_array_equal(asked(twice, 2).label, [0.25, 1.0])
     assert received == [(*texts(2), names(2))] * 3
 
 
 def test_flips_are_independent_of_the_draw_they_flip():
     # Were both driven by one number, every label of 1 would be flipped to 0.
     oracle = preferences.flipped(preferences.labelled(always(0.5), preferences.bradley_terry), 0.5)
-    wins = oracle(*texts(1000), keys(1000), names(1000)).label
+    wins = asked(oracle, 1000).label
     assert stats.binomtest(int(wins.sum()), 1000, 0.5).pvalue > 0.01
 
 

@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -46,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 def tell_phases(told: Path) -> None:
     """Writes what the agent is about to do to a file, whenever that changes."""
-    timed, number = agent._timed, 0
+    timed, number = agent.timed, 0
 
     @contextlib.contextmanager
     def telling(metrics: agent.Metrics, name: str) -> Iterator[None]:
@@ -57,7 +56,7 @@ def tell_phases(told: Path) -> None:
             yield
         told.write_text(f"{number} between steps .")
 
-    agent._timed = telling
+    agent.timed = telling
 
 
 if __name__ == "__main__":
@@ -65,7 +64,6 @@ if __name__ == "__main__":
 
     def main() -> None:
         train.cache.keep_compiled_programs()
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         train.train(console.CONFIG.value, Path(str(console.WORKDIR.value)))
 
     console.run(main)

@@ -154,7 +154,7 @@ def a_disk_that_is_full(directory: Path) -> Any:
 
     def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
         asked.append(len(prompts))
-        return np.full(len(prompts), 0.125)
+        return np.full(len(prompts), 0.125 if first[0] == "first" else 0.875)  # whichever is shown first
 
     oracle = preferences.labelled(processes.asked_by_first(preference), preferences.soft)
     question = labelling.Question("1-0", 1, "0", "prompt", "first", "second", None)

@@ -35,7 +35,7 @@ def run(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "USE_TORCH": "0"}
     command = [sys.executable, "-m", module, *arguments, address]
     logs = [directory / f"log-{number}" for number in range(2)]
     deadline = time.monotonic() + LIMIT_S

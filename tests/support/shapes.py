@@ -23,6 +23,7 @@ MODULES = (
     "sea_jax.oracles.preferences",
     "sea_jax.oracles.reward_model",
     "sea_jax.policy",
+    "sea_jax.policy_logprobs",
     "sea_jax.replay",
     "sea_jax.runtime.processes",
     "sea_jax.sampling",

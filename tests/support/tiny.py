@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
+from sea_jax.actors.generation import GenerationConfig
+from sea_jax.learner import LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.parameters import ParamSpec
@@ -91,3 +93,15 @@ def response_logprobs(whole: Params, prompt: list[int], response: list[int]) -> 
     """Log-probs [T] of the tokens of one response."""
     logprobs = special.log_softmax(logits(whole, prompt + response), axis=-1)
     return logprobs[np.arange(len(response)) + len(prompt) - 1, response]
+
+
+def generation_config(**fields: Any) -> GenerationConfig:
+    """How responses are drawn in tests: from all tokens, at temperature 1, in float32, features behind the last norm."""
+    plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "feature_stack": None, "dtype": "float32"}
+    return GenerationConfig(**plain | fields)
+
+
+def learner_config(**fields: Any) -> LearnerConfig:
+    """How a policy is optimised in tests: in float32, activations kept, on a schedule of a thousand steps."""
+    plain: dict[str, Any] = {"total_steps": 1000, "dtype": "float32", "remat": False, "microbatch_size": 16}
+    return LearnerConfig(**plain | fields)

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from gpu_bridge import protocol
 from gpu_bridge.protocol import GenerateAnswer, Health, ScoreAnswer, ScoreRequest
 from sea_jax.actors import generation
-from sea_jax.actors.generation import SamplingConfig
 from sea_jax.models import reward, tokenizer
 from sea_jax.models.checkpoints import hf
 from sea_jax.types import Candidates, Prompts
+from tests.support import tiny
 from tests.support.engines import EOS, PROMPTS, PYTHON, RNG, SHARED, Refused, is_ready, kill_engine, running, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="`make bridge` has not been run")]
@@ -34,7 +34,9 @@ def padded(rows: Sequence[list[int]]) -> Prompts:
 def greedy(directory: Path, prompts: Sequence[list[int]] = PROMPTS, eos_id: int = EOS) -> Candidates:
     """What the sampler in JAX writes."""
     loaded = hf.load(directory)
-    sampling = SamplingConfig(num_samples=1, max_new_tokens=12, eos_ids=(eos_id,), pad_id=eos_id, temperature=0.0)
+    sampling = tiny.generation_config(
+        num_samples=1, max_new_tokens=12, eos_ids=(eos_id,), pad_id=eos_id, temperature=0.0
+    )
     return jax.device_get(
         generation.generate(
             jax.device_put(loaded.params), padded(prompts), jax.random.key(0), config=loaded.config, sampling=sampling

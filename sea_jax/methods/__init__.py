@@ -1,0 +1,1 @@
+"""Published algorithms, each a function that fills the slots of an agent."""

@@ -1,0 +1,112 @@
+"""From the settings to who labels."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sea_jax.oracles import preferences
+from sea_jax.oracles.embedding import embedding_similarity
+from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
+from sea_jax.runtime import processes
+from sea_jax.settings import (
+    AT_LEAST_1,
+    DTYPE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    URLS,
+    addresses,
+    naming,
+    one_of,
+    one_of_or_user,
+    setting,
+    user_function,
+)
+from sea_jax.types import Oracle, Preference
+
+
+@dataclass(frozen=True)
+class OracleSettings:
+    """Who labels the duels, and how."""
+
+    kind: str = setting(
+        "embedding",
+        '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference',
+        one_of_or_user(("embedding", "reward_model", "remote")),
+    )
+    encoder: str = setting("builtin:all-minilm-l6-v2", "of the embedding oracle")
+    reward_model: str = setting("", "sequence classifier with one label, given as policy.source is")
+    urls: str = setting("", "remote: servers of oracle.reward_model, separated by commas; they share the texts", URLS)
+    timeout_s: float = setting(600.0, "remote: how long a server may take to answer", POSITIVE, unit="seconds")
+    retries: int = setting(8, "remote: as actor.retries", NOT_NEGATIVE)
+    dtype: str = setting("bfloat16", "compute dtype of the reward model", DTYPE)
+    batch_size: int = setting(
+        32, "texts that the reward model reads at a time; remote: that one request holds", AT_LEAST_1
+    )
+    max_tokens: int = setting(
+        2048,
+        "of prompt and response to the reward model; the beginning of longer prompts is cut",
+        AT_LEAST_1,
+        unit="tokens",
+    )
+    scale: float = setting(10.0, "of the reward or similarity, inside Bradley-Terry's sigmoid", POSITIVE)
+    label: str = setting(
+        "deterministic",
+        '"deterministic": who is preferred wins; "bradley_terry": drawn; "soft": the probability itself',
+        one_of(*preferences.LABELS),
+    )
+    flip_probability: float = setting(0.0, "labels exchanged at random", FRACTION, source="paper, App. G.4")
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for everything that does not go together."""
+        if self.kind in ("reward_model", "remote") and not self.reward_model:
+            yield f"config.oracle.reward_model='': oracle.kind={self.kind} needs a directory or hub name"
+        if self.kind == "remote" and not self.urls:
+            yield "config.oracle.urls='': oracle.kind=remote needs the URL of a server, or several separated by commas"
+
+
+def preference(settings: OracleSettings, token_file: str = "") -> Preference:
+    """Returns the taste behind the oracle, free of noise.
+
+    Args:
+      settings: OracleSettings.
+      token_file: holds the token of the oracle's servers; "": the environment does.
+    """
+    if settings.kind == "embedding":
+        with naming("oracle.encoder", settings.encoder):
+            return preferences.by_reward(embedding_similarity(settings.encoder), settings.scale)
+    if settings.kind == "reward_model":
+        with naming("oracle.reward_model", settings.reward_model):
+            scores = reward_model_scores(
+                settings.reward_model,
+                dtype=settings.dtype,
+                batch_size=settings.batch_size,
+                max_tokens=settings.max_tokens,
+            )
+        return preferences.by_reward(scores, settings.scale)
+    if settings.kind == "remote":
+        served = remote_scores(settings, token_file)
+        with naming("oracle.reward_model", settings.reward_model):
+            scores = remote_reward(served, settings.reward_model, settings.max_tokens)
+        return processes.asked_by_first(preferences.by_reward(scores, settings.scale))
+    return processes.asked_by_first(user_function(settings.kind, "oracle.kind"))
+
+
+def remote_scores(settings: OracleSettings, token_file: str) -> Callable[[list[list[int]]], np.ndarray]:
+    """Returns the scores of the servers of a reward model: token ids of N conversations -> [N].
+
+    Raises:
+      ValueError: there is no token.
+    """
+    from gpu_bridge import client  # the library works without
+
+    patience = client.Patience(settings.timeout_s, settings.retries)
+    token = client.read_token(token_file)
+    return client.OracleClient(addresses(settings.urls), token, patience, settings.batch_size).score
+
+
+def oracle(settings: OracleSettings, taste: Preference) -> Oracle:
+    """Returns who labels the duels by a taste: with the settings' kind of label and noise."""
+    labeller = preferences.labelled(taste, preferences.LABELS[settings.label])
+    return preferences.flipped(labeller, settings.flip_probability) if settings.flip_probability else labeller

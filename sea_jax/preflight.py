@@ -1,0 +1,89 @@
+"""What is looked at before anything is loaded or spent: are models and data there, does the mesh divide them?"""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from sea_jax.config import RunSettings
+from sea_jax.data.prompts import load_records
+from sea_jax.data.sources import Record
+from sea_jax.models import reward
+from sea_jax.models.checkpoints import hf
+from sea_jax.models.config import Config, ModelConfig
+from sea_jax.models.mesh import check_divides
+from sea_jax.runtime import cache
+from sea_jax.settings import naming
+
+
+def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
+    """Reads the prompts and fetches the models of a run, or says of all that cannot be had at once.
+
+    Args:
+      config: a whole configuration.
+
+    Returns:
+      (training records, held-out records).
+
+    Raises:
+      ValueError: one line per model or data set that is not there or cannot be read.
+    """
+    sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
+    if config.oracle.kind in ("reward_model", "remote"):
+        sources["oracle.reward_model"] = config.oracle.reward_model
+    faults = []
+    for field, source in sources.items():
+        try:
+            if field == "oracle.reward_model" and config.oracle.kind == "remote":
+                hf.locate(source, weights=False)
+            elif source and not source.startswith(cache.PREFIX):
+                hf.read_config(source)
+        except (OSError, ValueError) as error:
+            remedy = (
+                f"; a copy of your own is named with --config.{field}=DIRECTORY" if isinstance(error, OSError) else ""
+            )
+            faults.append(f"config.{field}={source}: {error}{remedy}")
+    try:
+        records = load_records(config.data)
+    except OSError as error:
+        faults.append(
+            f"config.data.path={config.data.path}: {error}; a copy of your own is named with --config.data.path=PATH"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+    return records
+
+
+def check_mesh(
+    config: RunSettings,
+    mesh: Mesh,
+    model: ModelConfig,
+    describe: Callable[[str], Config] = hf.read_config,
+    training: bool = True,
+) -> None:
+    """Refuses a mesh that does not divide the batches or the models.
+
+    Args:
+      config: a whole configuration.
+      mesh: the one that is set.
+      model: the policy's configuration.
+      describe: source of another model -> its configuration.
+      training: False: no policy step is taken.
+
+    Raises:
+      ValueError: one line per size that is not divided.
+    """
+    batch_sizes = {
+        "data.batch_size": config.data.batch_size,
+        "eval.batch_size": config.eval.batch_size,
+        "sampling.batch_size": config.sampling.batch_size,
+    }
+    models = {"policy.source": model}
+    if training:
+        batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
+    if config.erm.trunk:
+        batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
+    if config.oracle.kind == "reward_model":
+        batch_sizes["oracle.batch_size"] = config.oracle.batch_size
+        with naming("oracle.reward_model", config.oracle.reward_model):
+            models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
+    check_divides(mesh, batch_sizes, models)

@@ -1,0 +1,95 @@
+"""What every method has in common: it is named in the configuration, and says what it cannot take before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import tiny_random
+from sea_jax import train
+
+
+def configured(**fields: Any) -> Any:
+    config = tiny_random.get_config()
+    config.max_queries, config.eval.every_queries, config.eval.best_of_n = 8, 1000, 0
+    config.exploration.planning_steps, config.exploration.gamma = 0, 1.0
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "ppo"}, r"config\.method='ppo': must be one of sea, online, or my_module:my_method"),
+        ({"method": "mine:nothing"}, r"config\.method=mine:nothing: No module named 'mine'"),
+        (
+            {"method": "online", "exploration__rule": "bai_ts", "exploration__gamma": 0.5, "eval__best_of_n": 2},
+            r"config\.exploration\.rule=bai_ts: method=online has no reward model and takes only passive\n"
+            r"config\.exploration\.gamma=0\.5: .* takes only 1\n"
+            r"config\.eval\.best_of_n=2: .* takes only 0",
+        ),
+        (
+            {"exploration__rule": f"{__name__}:sees_too_much"},
+            r"config\.exploration\.rule=.*:sees_too_much: it asks for mood; a rule can see logprobs, reference_logprobs",
+        ),
+    ],
+)
+def test_what_cannot_be_taken_is_said_before_anything_is_loaded(tmp_path, fields, message):
+    config = configured(policy__source="a model that is not there", **fields)
+    with pytest.raises(ValueError, match=message):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def sees_too_much(rewards, distinct, key, *, mood):
+    raise AssertionError
+
+
+@pytest.mark.slow
+def test_online_learns_from_two_plain_samples_and_no_reward_model(tmp_path):
+    train.train(configured(method="online", exploration__rule="passive"), tmp_path)
+    asks = [line for line in lines(tmp_path / "queries.jsonl") if line["event"] == "ask"]
+    assert len(asks) == 8
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert not any(name.startswith("train/rm/") for row in rows for name in row if not name.endswith("_time"))
+    assert rows[-1]["misc/gradient_steps"] == len(rows) - 1
+
+
+def answers_some(prompts, first, second, keys=None):
+    """Where labels are paid for, the pairs one after the other from the last on, but never the first of a batch."""
+    if keys is None:
+        return np.full(len(prompts), 0.6)
+    return ((row, 0.75) for row in range(len(prompts) - 1, 0, -1))
+
+
+@pytest.mark.slow
+def test_pairs_without_an_answer_are_neither_learnt_from_nor_counted_and_who_likes_the_first_changes_nothing(tmp_path):
+    train.train(configured(oracle__kind=f"{__name__}:answers_some", oracle__label="soft"), tmp_path)
+    ledger, rows = lines(tmp_path / "queries.jsonl"), lines(tmp_path / "metrics.jsonl")
+    labels = [line for line in ledger if line["event"] == "label"]
+    abstentions = {line["key"] for line in ledger if line["event"] == "abstention"}
+    assert len(labels) == rows[-1]["misc/query_step"] == 8
+    assert len(abstentions) == sum(row["explorer/unanswered"] for row in rows[1:]) >= 2
+    assert not abstentions & {line["key"] for line in labels}
+    assert sum(row["explorer/pairs"] for row in rows[1:]) == 8
+    swapped = {line["key"]: line["swapped"] for line in ledger if line["event"] == "ask"}
+    assert {line["label"] for line in labels} == {0.25, 0.75}
+    assert all(line["label"] == (0.25 if swapped[line["key"]] else 0.75) for line in labels)
+
+
+def never_answers(prompts, first, second, keys=None):
+    return np.full(len(prompts), 0.5 if keys is None else np.nan)
+
+
+@pytest.mark.slow
+def test_an_oracle_that_never_answers_is_not_asked_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MAX_IDLE_STEPS", 2)
+    with pytest.raises(ValueError, match=r"no answer in 2 steps up to step 2: the oracle was asked and said nothing"):
+        train.train(configured(oracle__kind=f"{__name__}:never_answers"), tmp_path)
+    assert not [line for line in lines(tmp_path / "queries.jsonl") if line["event"] == "label"]
