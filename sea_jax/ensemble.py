@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Float, Float32, Int32, PRNGKeyArray
 
 from sea_jax.models import partition
 from sea_jax.replay import Replay, sample_pairs
@@ -46,6 +47,9 @@ class EnsembleSettings:
     )
 
 
+Scalar = Float32[Array, ""]
+
+
 @struct.dataclass
 class Ensemble:
     """The ERM's state.
@@ -54,44 +58,31 @@ class Ensemble:
       heads: K heads as one stacked pytree: w1 [K, d, h], b1 [K, h], w2 [K, h, h], b2 [K, h], w3 [K, h], b3 [K].
       anchor: the heads as they were initialised, the prior's samples.
       opt_state: Adam's moments.
-      shift: [d] float32, subtracted from the features.
-      scale: [d] float32, multiplied into the features.
+      shift: subtracted from the features.
+      scale: multiplied into the features.
     """
 
     heads: Params
     anchor: Params
     opt_state: Any
-    shift: Array
-    scale: Array
+    shift: Float32[Array, " d"]
+    scale: Float32[Array, " d"]
 
 
 def optimizer(config: EnsembleSettings) -> optax.GradientTransformation:
-    """Returns Adam with L2 in the gradient.
-
-    Args:
-      config: EnsembleSettings.
-
-    Returns:
-      An optax transformation.
-    """
+    """Returns Adam with L2 in the gradient."""
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(config.learning_rate))
 
 
-def init(config: EnsembleSettings, num_features: int, key: Array) -> Ensemble:
+def init(config: EnsembleSettings, num_features: int, key: PRNGKeyArray) -> Ensemble:
     """Returns K heads initialised independently: truncated normal (2 sigma), sigma = 1 / (2 sqrt(fan_in)), zero biases.
 
-    Args:
-      config: EnsembleSettings.
-      num_features: d.
-      key: random key.
-
-    Returns:
-      Ensemble whose features pass unchanged until `calibrate` is called.
+    Features, d = `num_features` of them, pass unchanged until `calibrate` is called.
     """
     k, h = config.num_heads, config.hidden_size
     key1, key2, key3 = jax.random.split(key, 3)
 
-    def weights(key: Array, fan_in: int, *shape: int) -> Array:
+    def weights(key: PRNGKeyArray, fan_in: int, *shape: int) -> Float32[Array, "K ..."]:
         return jax.random.truncated_normal(key, -2.0, 2.0, (k, *shape)) / (2 * fan_in**0.5)
 
     heads = {
@@ -111,52 +102,46 @@ def init(config: EnsembleSettings, num_features: int, key: Array) -> Ensemble:
     )
 
 
-def calibrate(ensemble: Ensemble, features: Array) -> Ensemble:
+def calibrate(ensemble: Ensemble, features: Float32[Array, "B M d"]) -> Ensemble:
     """Standardises features by their spread among the responses to one prompt, which is all that a comparison sees.
 
     Args:
       ensemble: Ensemble.
-      features: [B, M, d] float32, of the candidates of a first batch.
-
-    Returns:
-      Ensemble with `shift` and `scale` set from these features; one that does not vary keeps its scale.
+      features: of the candidates of a first batch; one that does not vary keeps its scale.
     """
     spread = jnp.sqrt(((features - features.mean(1, keepdims=True)) ** 2).mean((0, 1)))
     noise = 1e-6 * (1 + jnp.sqrt((features**2).mean((0, 1))))  # what rounding alone may leave of a constant
     return replace(ensemble, shift=features.mean((0, 1)), scale=1 / jnp.where(spread > noise, spread, 1.0))
 
 
-def _head_reward(head: Params, features: Array) -> Array:
-    """One head (no K axis) on features [..., d] -> [...]."""
+def _head_reward(head: Params, features: Float32[Array, "*N d"]) -> Float32[Array, "*N"]:
+    """One head's (no K axis) rewards."""
     hidden = jax.nn.relu(features @ head["w1"] + head["b1"])
     hidden = jax.nn.relu(hidden @ head["w2"] + head["b2"])
     return hidden @ head["w3"] + head["b3"]
 
 
-def rewards(ensemble: Ensemble, features: Array) -> Array:
-    """Returns every head's reward of every candidate.
-
-    Args:
-      ensemble: Ensemble.
-      features: [B, M, d] float32.
-
-    Returns:
-      [K, B, M] float32.
-    """
+def rewards(ensemble: Ensemble, features: Float32[Array, "B M d"]) -> Float32[Array, "K B M"]:
+    """Returns every head's reward of every candidate."""
     standardised = (features - ensemble.shift) * ensemble.scale
     return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised)
 
 
-def _anchor_weight(config: EnsembleSettings, num_parameters: int, num_labels: Array) -> Array:
+def _anchor_weight(config: EnsembleSettings, num_parameters: int, num_labels: Int32[Array, ""]) -> Float[Array, ""]:
     """What every squared distance between a parameter and its anchor weighs; num_parameters: of all heads together."""
     weight = config.anchor_strength / jnp.maximum(num_labels, 1)
     return weight * (config.batch_size / num_parameters) if config.anchor == "mean" else weight
 
 
 def _head_loss(
-    head: Params, anchor: Params, features: Array, labels: Array, weights: Array, anchor_weight: Array
-) -> tuple[Array, Array]:
-    """Eq. 8 for one head on a weighted batch: features [b, 2, d] -> (loss, accuracy), scalars."""
+    head: Params,
+    anchor: Params,
+    features: Float32[Array, "b 2 d"],
+    labels: Float32[Array, " b"],
+    weights: Float32[Array, " b"],
+    anchor_weight: Float[Array, ""],
+) -> tuple[Scalar, Scalar]:
+    """Eq. 8 for one head on a weighted batch."""
     reward = _head_reward(head, features)
     logit = reward[:, 0] - reward[:, 1]
     nll = -(labels * jax.nn.log_sigmoid(logit) + (1 - labels) * jax.nn.log_sigmoid(-logit))
@@ -169,8 +154,8 @@ def _head_loss(
 
 
 def update(
-    ensemble: Ensemble, replay: Replay, key: Array, config: EnsembleSettings
-) -> tuple[Ensemble, dict[str, Array]]:
+    ensemble: Ensemble, replay: Replay, key: PRNGKeyArray, config: EnsembleSettings
+) -> tuple[Ensemble, dict[str, Scalar]]:
     """Takes m Adam steps on the regularised negative log-likelihood (SEA paper, Eq. 8), in one scan.
 
     By default the regulariser is read as the Gaussian prior that posterior sampling needs, + (lambda / N) ||phi_k - phi_k^0||^2
@@ -178,24 +163,24 @@ def update(
 
     Args:
       ensemble: Ensemble.
-      replay: Replay; while it is empty nothing changes.
-      key: random key, of the m batches.
+      replay: while it is empty nothing changes.
+      key: of the m batches.
       config: EnsembleSettings.
 
     Returns:
-      Ensemble and {"loss", "accuracy"}: scalars of the last step, mean over heads, the likelihood at weight 1.
+      Ensemble and {"loss", "accuracy"} of the last step, mean over heads, the likelihood at weight 1.
     """
     transformation = optimizer(config)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(ensemble.heads))
     anchor_weight = _anchor_weight(config, num_parameters, replay.added)
     nll_weight = 1 / config.num_heads if config.nll == "mean" else 1.0  # of each head in the sum that is minimised
 
-    def step(carry: tuple[Params, Any], key: Array) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
+    def step(carry: tuple[Params, Any], key: PRNGKeyArray) -> tuple[tuple[Params, Any], tuple[Scalar, Scalar]]:
         heads, opt_state = carry
         features, labels, weights = partition.batches(sample_pairs(replay, config.batch_size, key))
         standardised = (features - ensemble.shift) * ensemble.scale
 
-        def total_loss(heads: Params) -> tuple[Array, tuple[Array, Array]]:
+        def total_loss(heads: Params) -> tuple[Scalar, tuple[Scalar, Scalar]]:
             loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, None, None, None, None))(
                 heads, ensemble.anchor, standardised, labels, weights, anchor_weight / nll_weight
             )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32
 
 from sea_jax.data import batching
 from sea_jax.models import deberta, decoder, encoder, partition, tokenizer
@@ -16,11 +17,11 @@ from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.policy import Policy
 from sea_jax.settings import AT_LEAST_1, DTYPE, NOT_NEGATIVE, naming, setting
-from sea_jax.types import Array, Candidates, Params, Prompts
+from sea_jax.types import AnyArray, Array, Candidates, Params, Prompts
 
 Texts = Sequence[Sequence[str]]  # B lists of M responses
-Featurize = Callable[[Mapping[str, Any], Candidates, Texts], Array]
-"""A batch of prompts, its candidates and their texts -> [B, M, d] float32."""
+Featurize = Callable[[Mapping[str, Any], Candidates, Texts], Float32[Array, "B M d"]]
+"""A batch of prompts, its candidates and their texts -> features."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,14 @@ MAX_SOURCE_TOKENS, MAX_TOKENS = 1224, 2048  # of a prompt's part and of the whol
 
 _Row = tuple[list[int], tuple[int, int]]  # a sequence's tokens and the two places in it that features are read by
 _Encode = Callable[[str, Sequence[str]], list[_Row]]  # a prompt and its responses
-_Read = Callable[[Params, Array, Array, Array], Array]  # parameters, tokens, valid [b, S], places [b, 2] -> [b, d]
+_Tokens = Int32[AnyArray, "b S"]
+_Valid = Bool[AnyArray, "b S"]
+_Places = Int32[AnyArray, "b 2"]
+_Read = Callable[[Params, _Tokens, _Valid, _Places], Float[Array, "b d"]]
 
 
-def from_sampler(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
-    """Features that the sampler read on its way through layers that are frozen: they cost nothing.
-
-    Args:
-      batch: not used.
-      candidates: Candidates, [B, M, T].
-      texts: not used.
-
-    Returns:
-      [B, M, d] float32.
-    """
+def from_sampler(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Float32[Array, "B M d"]:
+    """Features that the sampler read on its way through layers that are frozen: they cost nothing."""
     return candidates.features
 
 
@@ -114,12 +109,9 @@ def of_reference(
       feature_stack: as of `response_features`.
       dtype: compute dtype.
       batch_size: prompts whose responses are read at a time, which bounds the memory of their activations; 0: all.
-
-    Returns:
-      Featurize.
     """
 
-    def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
+    def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Float32[Array, "B M d"]:
         parts = [
             response_features(
                 reference,
@@ -141,26 +133,25 @@ def of_reference(
 def response_features(
     params: Params,
     prompts: Prompts,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int32[Array, "B M T"],
+    lengths: Int32[Array, "B M"],
     *,
     config: ModelConfig,
     feature_stack: int | None,
     dtype: str = "float32",
-) -> Array:
+) -> Float32[Array, "B M d"]:
     """Returns the mean hidden state over each response's tokens, read from a model that did not write them.
+
+    It is what the sampler reads on the way when the weights are the same.
 
     Args:
       params: a decoder's parameters; only the first `feature_stack` stacks are run.
-      prompts: Prompts, [B, P].
-      tokens: [B, M, T] int32.
-      lengths: [B, M] int32, at least 1.
+      prompts: Prompts.
+      tokens: padded on the right.
+      lengths: at least 1.
       config: ModelConfig.
       feature_stack: behind this many stacks of layers; None: behind the last norm.
       dtype: compute dtype.
-
-    Returns:
-      [B, M, d] float32; what the sampler reads on the way when the weights are the same.
     """
     valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
     streams = decoder.embed(params, config, prompts.tokens, prompts.valid, tokens, valid, dtype=dtype)
@@ -195,28 +186,28 @@ def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Fe
     """
     trunk_width(source)  # refuses what is no trunk before it is loaded
     loaded = hf.load(source)
-    config, words = loaded.config, tokenizer.load(loaded.directory)
-    tokenizer.check(words, config.vocab_size)
+    config, own_tokenizer = loaded.config, tokenizer.load(loaded.directory)
+    tokenizer.check(own_tokenizer, config.vocab_size)
     if isinstance(config, DebertaConfig):
-        most = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
-        encode, read = _of_prefix_tokens(config, words, most, dtype)
+        max_tokens = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
+        encode, read = _of_prefix_tokens(config, own_tokenizer, max_tokens, dtype)
     else:
         assert isinstance(config, EncoderConfig)
-        most = config.max_positions
-        encode, read = _of_response_mean(config, words, most, dtype)
+        max_tokens = config.max_positions
+        encode, read = _of_response_mean(config, own_tokenizer, max_tokens, dtype)
     params = partition.put(loaded.params, hf.abstract(config), dtype)
 
     @jax.jit
-    def features(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+    def features(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float32[Array, "b d"]:
         tokens, valid, marks = partition.batches((tokens, valid, marks))
         return partition.whole(read(params, tokens, valid, marks).astype(jnp.float32))
 
-    def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Array:
+    def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Float32[Array, "B M d"]:
         rows = [row for pair in zip(batch["prompt"], texts, strict=True) for row in encode(*pair)]
         sequences, places = [ids for ids, _ in rows], np.array([marks for _, marks in rows], np.int32)
         parts, order = [], []
         for some, tokens, valid in batching.by_length(
-            sequences, batch_size=batch_size, bucket=BUCKET, pad_id=words.pad_id, longest=most
+            sequences, batch_size=batch_size, bucket=BUCKET, pad_id=own_tokenizer.pad_id, longest=max_tokens
         ):
             marks = np.zeros((batch_size, 2), np.int32)
             marks[: len(some)] = places[some]
@@ -231,9 +222,6 @@ def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Fe
 def trunk_width(source: str) -> int:
     """Returns d, the width of the features that `of_trunk` reads, without loading the trunk.
 
-    Args:
-      source: anything that `hf.load` takes.
-
     Raises:
       ValueError: the source is not an encoder that can be a trunk.
     """
@@ -246,19 +234,21 @@ def trunk_width(source: str) -> int:
             raise ValueError("expected a BERT or DeBERTa-v2/v3 encoder, found a decoder")
 
 
-def _of_response_mean(config: EncoderConfig, words: Tokenizer, most: int, dtype: Any) -> tuple[_Encode, _Read]:
+def _of_response_mean(
+    config: EncoderConfig, tokenizer: Tokenizer, max_tokens: int, dtype: Any
+) -> tuple[_Encode, _Read]:
     """BERT: the marks are where the response begins and ends."""
 
     def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
-        prompt_ids, rows = words.encode(prompt), []  # [CLS] ... [SEP]
+        prompt_ids, rows = tokenizer.encode(prompt), []  # [CLS] ... [SEP]
         for response in responses:
-            response_ids = words.encode(response)[1:][: most // 2]
-            room = most - len(response_ids)
+            response_ids = tokenizer.encode(response)[1:][: max_tokens // 2]
+            room = max_tokens - len(response_ids)
             kept = prompt_ids if len(prompt_ids) <= room else [prompt_ids[0], *prompt_ids[1 - room :]]
             rows.append((kept + response_ids, (len(kept), len(kept) + len(response_ids))))
         return rows
 
-    def read(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+    def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float32[Array, "b d"]:
         position = jnp.arange(tokens.shape[1])
         in_response = (position >= marks[:, :1]) & (position < marks[:, 1:])
         types = in_response.astype(jnp.int32)
@@ -268,9 +258,11 @@ def _of_response_mean(config: EncoderConfig, words: Tokenizer, most: int, dtype:
     return encode, read
 
 
-def _of_prefix_tokens(config: DebertaConfig, words: Tokenizer, most: int, dtype: Any) -> tuple[_Encode, _Read]:
+def _of_prefix_tokens(
+    config: DebertaConfig, tokenizer: Tokenizer, max_tokens: int, dtype: Any
+) -> tuple[_Encode, _Read]:
     """DeBERTa: the marks are the positions of the two prefix tokens."""
-    known = words.backend.get_vocab()
+    known = tokenizer.backend.get_vocab()
     if missing := [token for token in (SOURCE, CANDIDATE) if token not in known]:
         raise ValueError(
             f"its tokenizer has no token {' and no token '.join(missing)}; a DeBERTa trunk needs both {SOURCE} and "
@@ -281,15 +273,15 @@ def _of_prefix_tokens(config: DebertaConfig, words: Tokenizer, most: int, dtype:
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]  # the separator stays
 
     def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
-        prompt_ids, rows = cut(words.encode(SOURCE + prompt), MAX_SOURCE_TOKENS * most // MAX_TOKENS), []
+        prompt_ids, rows = cut(tokenizer.encode(SOURCE + prompt), MAX_SOURCE_TOKENS * max_tokens // MAX_TOKENS), []
         for response in responses:
-            response_ids = cut(words.encode(CANDIDATE + response), most - len(prompt_ids))
+            response_ids = cut(tokenizer.encode(CANDIDATE + response), max_tokens - len(prompt_ids))
             # The first of each is ours, whatever the texts hold.
             marks = prompt_ids.index(known[SOURCE]), len(prompt_ids) + response_ids.index(known[CANDIDATE])
             rows.append((prompt_ids + response_ids, marks))
         return rows
 
-    def read(params: Params, tokens: Array, valid: Array, marks: Array) -> Array:
+    def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float[Array, "b d"]:
         hidden = deberta.apply(params, config, tokens, valid, dtype=dtype)
         return jnp.take_along_axis(hidden, marks[..., None], axis=1).reshape(len(tokens), -1)
 

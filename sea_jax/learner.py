@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Float32, Int32
 
 from sea_jax import losses
 from sea_jax.models import decoder, logprobs, partition
@@ -76,23 +77,16 @@ class Learner:
     Attributes:
       trained: the trained part of the parameters, float32.
       opt_state: optax state.
-      step: scalar int32, policy steps taken.
+      step: policy steps taken.
     """
 
     trained: Params
     opt_state: Any
-    step: Array
+    step: Int32[Array, ""]
 
 
 def schedule(config: LearnerConfig) -> optax.Schedule:
-    """Returns linear warm-up, then a cosine to `final_fraction` of the peak, constant beyond the last step.
-
-    Args:
-      config: LearnerConfig.
-
-    Returns:
-      A function of the step.
-    """
+    """Returns linear warm-up, then a cosine to `final_fraction` of the peak, constant beyond the last step."""
     warmup_steps = max(1, round(config.warmup_fraction * config.total_steps))
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / warmup_steps,
@@ -104,14 +98,7 @@ def schedule(config: LearnerConfig) -> optax.Schedule:
 
 
 def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    """Returns clipping by global norm and AdamW on the schedule.
-
-    Args:
-      config: LearnerConfig.
-
-    Returns:
-      An optax transformation.
-    """
+    """Returns clipping by global norm and AdamW on the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
@@ -124,9 +111,6 @@ def init(trained: Params, config: LearnerConfig) -> Learner:
     Args:
       trained: the trained part of the parameters, as arrays of the host or, copied since `update` donates them, of devices.
       config: LearnerConfig.
-
-    Returns:
-      Learner.
     """
     trained = jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), trained)
     return Learner(trained=trained, opt_state=optimizer(config).init(trained), step=jnp.zeros((), jnp.int32))
@@ -136,27 +120,27 @@ def response_logprobs(
     frozen: Params,
     trained: tuple[Params, ...],
     prompts: Prompts,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int32[Array, "B M T"],
+    lengths: Int32[Array, "B M"],
     *,
     config: ModelConfig,
     remat: bool,
     dtype: str,
-) -> tuple[Array, ...]:
+) -> tuple[Float32[Array, "B M T"], ...]:
     """Returns the response tokens' log-probs under one or more policies that share their frozen part, which is run once.
 
     Args:
       frozen: the shared part of the parameters; with no layer in it, each policy runs on its own.
       trained: the trained part of each policy.
-      prompts: Prompts, [B, P].
-      tokens: [B, M, T] int32.
-      lengths: [B, M] int32.
+      prompts: Prompts.
+      tokens: padded on the right.
+      lengths: response tokens.
       config: ModelConfig.
       remat: recompute activations of each layer in the backward pass.
       dtype: compute dtype.
 
     Returns:
-      One [B, M, T] float32 for each policy; 0 on padding.
+      One array for each policy; 0 on padding.
     """
     valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
     embed = partial(
@@ -175,7 +159,7 @@ def response_logprobs(
             shared, _ = decoder.run_stack(stack, config, shared)
         shared = jax.lax.stop_gradient(shared)
 
-    def behind(part: Params) -> Array:
+    def behind(part: Params) -> Float32[Array, "B M T"]:
         params = decoder.join(frozen, part)
         streams = embed(params) if shared is None else shared
         for stack in part["stacks"]:
@@ -190,10 +174,10 @@ def _loss(
     frozen: Params,
     reference: Params,
     batch: PreferenceBatch,
-    loss: Callable[[PairLogps], Array],
+    loss: Callable[[PairLogps], Float32[Array, " B"]],
     config: ModelConfig,
     learner_config: LearnerConfig,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Sum of weighted losses over a microbatch, and sums of what is reported; both are divided by the total weight later."""
     policy, ref = response_logprobs(
         frozen,
@@ -256,28 +240,28 @@ def update(
     reference: Params,
     batch: PreferenceBatch,
     *,
-    loss: Callable[[PairLogps], Array],
+    loss: Callable[[PairLogps], Float32[Array, " B"]],
     config: ModelConfig,
     learner_config: LearnerConfig,
-) -> tuple[Learner, dict[str, Array]]:
+) -> tuple[Learner, dict[str, Float32[Array, ""]]]:
     """Takes one policy step on a batch of preference pairs (SEA paper, Algorithm 2, line 10).
 
     Args:
-      learner: Learner; its buffers are donated.
+      learner: its buffers are donated.
       frozen: the frozen part of the parameters.
       reference: the reference policy's trained part.
-      batch: PreferenceBatch, [B]; if every weight is 0 the parameters stay as they are.
-      loss: `loss(pairs)` -> [B], with its hyper-parameters bound.
+      batch: if every weight is 0 the parameters stay as they are.
+      loss: with its hyper-parameters bound.
       config: ModelConfig.
       learner_config: LearnerConfig.
 
     Returns:
-      Learner and scalars: loss, margin (h towards the preferred response), accuracy, log_ratio (mean log pi/pi_ref),
+      Learner and numbers: loss, margin (h towards the preferred response), accuracy, log_ratio (mean log pi/pi_ref),
       gradient_norm (before clipping), learning_rate.
     """
     batch = partition.batches(batch)
 
-    def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Array]]:
+    def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Float32[Array, ""]]]:
         return jax.grad(_loss, has_aux=True)(
             learner.trained, frozen, reference, microbatch, loss, config, learner_config
         )

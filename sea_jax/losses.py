@@ -13,46 +13,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32
 
 from sea_jax.settings import one_of_or_user, setting, user_function
 from sea_jax.types import Array, Loss, PairLogps
 
+Losses = Float32[Array, " B"]
 
-def log_ratio_margin(pairs: PairLogps) -> Array:
-    """Returns h = log[pi(y+)/pi_ref(y+)] - log[pi(y-)/pi_ref(y-)].
 
-    Args:
-      pairs: log-probs, [B].
-
-    Returns:
-      [B] float32.
-    """
+def log_ratio_margin(pairs: PairLogps) -> Losses:
+    """Returns h = log[pi(y+)/pi_ref(y+)] - log[pi(y-)/pi_ref(y-)]."""
     return (pairs.chosen - pairs.reference_chosen) - (pairs.rejected - pairs.reference_rejected)
 
 
-def dpo(pairs: PairLogps, *, beta: float = 0.1) -> Array:
+def dpo(pairs: PairLogps, *, beta: float = 0.1) -> Losses:
     """Direct preference optimization, -log sigmoid(beta h) (https://arxiv.org/abs/2305.18290, Eq. 7).
 
     Args:
-      pairs: log-probs, [B].
+      pairs: PairLogps.
       beta: strength of the pull towards the reference policy.
-
-    Returns:
-      [B] float32.
     """
     return -jax.nn.log_sigmoid(beta * log_ratio_margin(pairs))
 
 
-def ipo(pairs: PairLogps, *, beta: float = 0.2, length_averaged: bool = False) -> Array:
+def ipo(pairs: PairLogps, *, beta: float = 0.2, length_averaged: bool = False) -> Losses:
     """Identity preference optimization, (h - 1/(2 beta))^2 (https://arxiv.org/abs/2310.12036, Eq. 17).
 
     Args:
-      pairs: log-probs, [B].
+      pairs: PairLogps.
       beta: regularisation; the margin aimed at is 1/(2 beta).
       length_averaged: divide each log-ratio by its response's length, as some implementations do.
-
-    Returns:
-      [B] float32.
     """
     chosen = pairs.chosen - pairs.reference_chosen
     rejected = pairs.rejected - pairs.reference_rejected
@@ -61,29 +51,23 @@ def ipo(pairs: PairLogps, *, beta: float = 0.2, length_averaged: bool = False) -
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-def slic(pairs: PairLogps, *, beta: float = 0.2) -> Array:
+def slic(pairs: PairLogps, *, beta: float = 0.2) -> Losses:
     """Sequence likelihood calibration, max(0, 1 - beta h) (https://arxiv.org/abs/2305.10425, Eq. 12 of the SEA paper).
 
     Args:
-      pairs: log-probs, [B].
+      pairs: PairLogps.
       beta: inverse of the margin at which the hinge is zero.
-
-    Returns:
-      [B] float32.
     """
     return jnp.maximum(0.0, 1 - beta * log_ratio_margin(pairs))
 
 
-def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3) -> Array:
+def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3) -> Losses:
     """Simple preference optimization, without a reference (https://arxiv.org/abs/2405.14734, Eq. 6).
 
     Args:
-      pairs: log-probs, [B]; those of the reference are not used.
+      pairs: PairLogps; those of the reference are not used.
       beta: scale of the length-averaged log-probs.
       gamma_over_beta: target margin in units of beta.
-
-    Returns:
-      [B] float32.
     """
     margin = pairs.chosen / pairs.chosen_length - pairs.rejected / pairs.rejected_length
     return -jax.nn.log_sigmoid(beta * (margin - gamma_over_beta))
@@ -111,7 +95,7 @@ class LossSettings:
     length_averaged: bool | None = setting(None, "IPO on length-averaged log-ratios (authors' code)")
 
 
-def build(settings: LossSettings) -> Callable[[PairLogps], Array]:
+def build(settings: LossSettings) -> Callable[[PairLogps], Losses]:
     """Returns the direct optimizer with its hyper-parameters bound.
 
     Raises:
@@ -121,15 +105,12 @@ def build(settings: LossSettings) -> Callable[[PairLogps], Array]:
     return bind(loss, {name: value for name, value in vars(settings).items() if name != "name"})
 
 
-def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Array]:
+def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Losses]:
     """Fixes a loss's hyper-parameters; those that are None keep the loss's own default.
 
     Args:
-      loss: `loss(pairs, **hyper_parameters)` -> [B], built in or the user's own.
+      loss: `loss(pairs, **hyper_parameters)`, built in or the user's own.
       hyper_parameters: by name.
-
-    Returns:
-      `loss(pairs)` -> [B].
 
     Raises:
       ValueError: a hyper-parameter is given that the loss does not take.
@@ -149,14 +130,7 @@ def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps
 
 
 def swap(pairs: PairLogps) -> PairLogps:
-    """Returns the same pairs with chosen and rejected exchanged.
-
-    Args:
-      pairs: log-probs, [B].
-
-    Returns:
-      PairLogps, [B].
-    """
+    """Returns the same pairs with chosen and rejected exchanged."""
     return PairLogps(
         chosen=pairs.rejected,
         rejected=pairs.chosen,
@@ -167,16 +141,15 @@ def swap(pairs: PairLogps) -> PairLogps:
     )
 
 
-def expected(loss: Loss, pairs: PairLogps, labels: Array) -> Array:
+def expected(loss: Loss, pairs: PairLogps, labels: Float32[Array, " B"]) -> Losses:
     """Returns the loss expected under soft labels: p loss(first over second) + (1 - p) loss(second over first).
 
-    Args:
-      loss: `loss(pairs)` -> [B]; one that has a parameter `labels` takes them itself, and is not exchanged.
-      pairs: log-probs with the first response as chosen, [B].
-      labels: [B] float32, probability p that the first response wins.
+    Labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
 
-    Returns:
-      [B] float32; labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
+    Args:
+      loss: with its hyper-parameters bound; one that has a parameter `labels` takes them itself, and is not exchanged.
+      pairs: log-probs with the first response as chosen.
+      labels: p, the probability that the first response wins.
     """
     if LABELS in inspect.signature(loss).parameters:
         return loss(pairs, labels=labels)

@@ -33,8 +33,8 @@ class Policy:
     """A loaded decoder, divided for training.
 
     Attributes:
-      config: ModelConfig.
-      tokenizer: Tokenizer.
+      config: its configuration.
+      tokenizer: its tokenizer.
       directory: where both were read.
       frozen: the part of the parameters that is not trained; matrices in the compute dtype.
       reference: the trained part as it was loaded, pi_ref; matrices in the compute dtype.
@@ -56,13 +56,7 @@ class Policy:
 
 
 def check_language_model(config: Config) -> ModelConfig:
-    """Refuses any model that is not a language model.
-
-    Args:
-      config: a model's configuration.
-
-    Returns:
-      The same configuration.
+    """Returns a language model's configuration; refuses any other.
 
     Raises:
       ValueError: it is an encoder's or a reward model's.
@@ -83,9 +77,6 @@ def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dty
       feature_layer: behind so many layers; 0: behind the last norm.
       dtype: compute dtype.
 
-    Returns:
-      Policy.
-
     Raises:
       ValueError: more layers are named than there are, the source is no decoder, or its tokenizer does not fit it.
     """
@@ -99,8 +90,8 @@ def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dty
                 )
             source = str(directory)
         loaded = hf.load(source)
-        config, words = check_language_model(loaded.config), tokenizer.load(loaded.directory)
-        tokenizer.check(words, config.vocab_size)
+        config, own_tokenizer = check_language_model(loaded.config), tokenizer.load(loaded.directory)
+        tokenizer.check(own_tokenizer, config.vocab_size)
     for field, value in (("policy.train_last_layers", train_last_layers), ("erm.feature_layer", feature_layer)):
         if value > config.num_layers:
             raise ValueError(f"config.{field}={value}: the model has {config.num_layers} layers")
@@ -113,7 +104,7 @@ def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dty
 
     return Policy(
         config=config,
-        tokenizer=words,
+        tokenizer=own_tokenizer,
         directory=loaded.directory,
         frozen=placed(frozen),
         reference=placed(trained),
@@ -125,13 +116,9 @@ def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dty
 
 
 def weights_fingerprint(params: Params) -> str:
-    """Returns what tells one model's weights from another's, from some thousand numbers of each parameter.
+    """Returns 16 hexadecimal digits that tell one model's weights, arrays of the host, from another's.
 
-    Args:
-      params: numpy arrays.
-
-    Returns:
-      16 hexadecimal digits.
+    They come from some thousand numbers of each parameter.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -141,11 +128,7 @@ def weights_fingerprint(params: Params) -> str:
 
 
 def check_fingerprint(policy: Policy, workdir: Path) -> None:
-    """Refuses another model than that which a work directory's run began with.
-
-    Args:
-      policy: Policy.
-      workdir: where the run writes; nothing is known of one that holds no fingerprint.
+    """Refuses another model than that which a work directory's run began with; one without a fingerprint tells nothing.
 
     Raises:
       ValueError: the weights differ.
@@ -182,9 +165,6 @@ def divide_layers(config: ModelConfig, train_last_layers: int, feature_layer: in
       config: ModelConfig.
       train_last_layers: n; 0 trains everything.
       feature_layer: behind so many layers; 0: behind the last norm.
-
-    Returns:
-      Division.
     """
     first_trained = config.num_layers - train_last_layers if train_last_layers else 0
     cuts = tuple(sorted({first_trained, feature_layer} - {0, config.num_layers}))

@@ -1,10 +1,11 @@
-"""What has been labelled: a replay of cached features for the ERM, and the ledger of every ask and label on disk."""
+"""What has been labelled: a replay of cached features for the ERM."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float32, Int32, PRNGKeyArray
 
 from sea_jax.models import partition
 from sea_jax.settings import AT_LEAST_1, setting
@@ -25,26 +26,18 @@ class Replay:
     """The last C oracle-labelled pairs as cached features, first in, first out.
 
     Attributes:
-      features: [C, 2, d] float32, of the first and second response.
-      labels: [C] float32, probability that the first wins.
-      added: scalar int32, pairs ever added; the next one goes to slot added % C.
+      features: of the first and second response.
+      labels: probability that the first wins.
+      added: pairs ever added; the next one goes to slot added % C.
     """
 
-    features: Array
-    labels: Array
-    added: Array
+    features: Float32[Array, "C 2 d"]
+    labels: Float32[Array, " C"]
+    added: Int32[Array, ""]
 
 
 def empty_replay(capacity: int, num_features: int) -> Replay:
-    """Returns a replay with room for `capacity` pairs.
-
-    Args:
-      capacity: C, pairs.
-      num_features: d.
-
-    Returns:
-      Replay.
-    """
+    """Returns a replay with room for `capacity` pairs of d = `num_features`."""
 
     @jax.jit
     def empty() -> Replay:
@@ -53,24 +46,16 @@ def empty_replay(capacity: int, num_features: int) -> Replay:
     return empty()
 
 
-def _divided(features: Array, labels: Array, added: Array) -> Replay:
+def _divided(features: Float32[Array, "C 2 d"], labels: Float32[Array, " C"], added: Int32[Array, ""]) -> Replay:
     """A replay whose pairs are divided over the mesh like a batch."""
     return Replay(partition.constrain(features, "batch"), partition.constrain(labels, "batch"), partition.whole(added))
 
 
 @jax.jit
-def add_pairs(replay: Replay, features: Array, labels: Array, keep: Array) -> Replay:
-    """Appends the kept pairs of a batch; the oldest pairs make room.
-
-    Args:
-      replay: Replay of capacity C >= B.
-      features: [B, 2, d] float32.
-      labels: [B] float32.
-      keep: [B] bool, which pairs to append.
-
-    Returns:
-      Replay.
-    """
+def add_pairs(
+    replay: Replay, features: Float32[Array, "B 2 d"], labels: Float32[Array, " B"], keep: Bool[Array, " B"]
+) -> Replay:
+    """Appends the kept pairs of a batch to a replay of capacity C >= B; the oldest pairs make room."""
     capacity = replay.labels.shape[0]
     slot = (replay.added + jnp.cumsum(keep) - 1) % capacity
     slot = jnp.where(keep, slot, capacity)  # out of bounds: dropped by the scatter
@@ -81,16 +66,18 @@ def add_pairs(replay: Replay, features: Array, labels: Array, keep: Array) -> Re
     )
 
 
-def sample_pairs(replay: Replay, batch_size: int, key: Array) -> tuple[Array, Array, Array]:
+def sample_pairs(
+    replay: Replay, batch_size: int, key: PRNGKeyArray
+) -> tuple[Float32[Array, "b 2 d"], Float32[Array, " b"], Float32[Array, " b"]]:
     """Draws a batch uniformly and without replacement; while the replay holds fewer pairs, all of them.
 
     Args:
-      replay: Replay of capacity C.
-      batch_size: b, pairs; at most C are returned.
+      replay: of capacity C.
+      batch_size: pairs; b is at most C.
       key: random key.
 
     Returns:
-      features [b, 2, d], labels [b], weights [b] (0 for rows that hold no pair).
+      Features, labels, and weights: 0 for rows that hold no pair.
     """
     capacity = replay.labels.shape[0]
     held = jnp.arange(capacity) < replay.added

@@ -1,7 +1,7 @@
 """Which two of the M candidates are compared: Thompson sampling and the other duel rules.
 
-A rule is `rule(rewards [K, B, M], distinct [B, M, M], key) -> Duel`. `distinct[b, i, j]` says that the texts of candidates i
-and j differ: two identical texts tell an oracle nothing, so a rule picks among the distinct pairs wherever there are any.
+A rule implements `types.DuelRule`. `distinct[b, i, j]` says that the texts of candidates i and j differ: two identical texts
+tell an oracle nothing, so a rule picks among the distinct pairs wherever there are any.
 The rules named _oat are those of the authors' code (https://github.com/sail-sg/oat) where it departs from the paper.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int, Int32, PRNGKeyArray
 
 from sea_jax.settings import user_function
 from sea_jax.types import Array, Duel, DuelRule
@@ -42,27 +43,29 @@ def seen_by(rule: Callable[..., Any], field: str) -> frozenset[str]:
     return frozenset(each.name for each in asked if each.name in SEES)
 
 
-def _random_head(rewards: Array, key: Array) -> Array:
-    """One head per prompt, drawn uniformly: rewards [K, B, M] -> that head's rewards [B, M]."""
+def _random_head(rewards: Float32[Array, "K B M"], key: PRNGKeyArray) -> Float32[Array, "B M"]:
+    """The rewards of one head per prompt, drawn uniformly."""
     num_heads, num_prompts, _ = rewards.shape
     head = jax.random.randint(key, (num_prompts,), 0, num_heads)
     return rewards[head, jnp.arange(num_prompts)]
 
 
-def _differs_from(distinct: Array, first: Array) -> Array:
-    """Row `first` of each prompt: distinct [B, M, M], first [B] -> [B, M]."""
+def _differs_from(distinct: Bool[Array, "B M M"], first: Int[Array, " B"]) -> Bool[Array, "B M"]:
+    """Which candidates' texts differ from the first response's."""
     return jnp.take_along_axis(distinct, first[:, None, None], axis=1)[:, 0]
 
 
-def best_pair(score: Array, distinct: Array) -> Duel:
-    """The distinct pair with the highest score: score [B, M, M] -> Duel [B]."""
+def best_pair(score: Float32[Array, "B M M"], distinct: Bool[Array, "B M M"]) -> Duel:
+    """The distinct pair with the highest score."""
     num_candidates = score.shape[-1]
     best = jnp.where(distinct, score, NEVER).reshape(score.shape[0], -1).argmax(-1).astype(jnp.int32)
     return Duel(first=best // num_candidates, second=best % num_candidates)
 
 
-def _first_to_differ(rewards: Array, distinct: Array, order: Array) -> Duel:
-    """The first head's best against that of the next head that differs: heads taken by order [B, K] -> Duel [B]."""
+def _first_to_differ(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], order: Int32[Array, "B K"]
+) -> Duel:
+    """The first head's best against that of the next head that differs, the heads taken in the given order."""
     shuffled = jnp.take_along_axis(rewards.swapaxes(0, 1), order[:, :, None], axis=1)  # [B, K, M]
     best = shuffled.argmax(-1)  # [B, K]
     first = best[:, 0]
@@ -74,45 +77,28 @@ def _first_to_differ(rewards: Array, distinct: Array, order: Array) -> Duel:
     return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
 
 
-def _margins(rewards: Array, first: Array) -> Array:
-    """Every head's logit of the first response against each candidate: rewards [K, B, M], first [B] -> [K, B, M]."""
+def _margins(rewards: Float32[Array, "K B M"], first: Int[Array, " B"]) -> Float32[Array, "K B M"]:
+    """Every head's logit of the first response against each candidate."""
     return jnp.take_along_axis(rewards, first[None, :, None], axis=2) - rewards
 
 
-def _most_disputed(first: Array, views: Array, distinct: Array) -> Duel:
-    """The first response against the one on which the heads' views [K, B, M] vary most."""
+def _most_disputed(first: Int[Array, " B"], views: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"]) -> Duel:
+    """The first response against the one on which the heads' views vary most."""
     second = jnp.where(_differs_from(distinct, first), views.var(0), NEVER).argmax(-1)
     return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
 
 
-def passive(rewards: Array, distinct: Array, key: Array) -> Duel:
-    """Compares two plain samples of the policy: the first, and the next one whose text differs.
-
-    Args:
-      rewards: [K, B, M] float32, not used.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: not used.
-
-    Returns:
-      Duel, [B].
-    """
+def passive(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """Compares two plain samples of the policy: the first, and the next one whose text differs; needs no rewards and no key."""
     first = jnp.zeros(rewards.shape[1], jnp.int32)
     return Duel(first=first, second=_differs_from(distinct, first).argmax(-1).astype(jnp.int32))
 
 
-def ee_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
+def ee_ts(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """Thompson sampling for explore and exploit (SEA paper, Algorithm 2, lines 5 and 6).
 
     Heads are drawn again until their best response differs from the first; drawing without replacement gives the same
     distribution and ends. If every head agrees, the drawn head's best differing response is taken.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B].
     """
     num_heads, num_prompts, _ = rewards.shape
     keys = jax.random.split(key, num_prompts)
@@ -120,99 +106,49 @@ def ee_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
     return _first_to_differ(rewards, distinct, order)
 
 
-def ee_ts_oat(rewards: Array, distinct: Array, key: Array) -> Duel:
+def ee_ts_oat(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """As `ee_ts`, but the heads are shuffled once for all prompts of the call, as the authors' code does.
 
     Its fallback to the second best, an option there, is always taken: a prompt on which all heads agree would be lost.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B].
     """
     num_heads, num_prompts, _ = rewards.shape
     order = jax.random.permutation(key, num_heads)
     return _first_to_differ(rewards, distinct, jnp.broadcast_to(order, (num_prompts, num_heads)))
 
 
-def bai_ts(rewards: Array, distinct: Array, key: Array) -> Duel:
+def bai_ts(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """Thompson sampling for best-arm identification (SEA paper, Algorithm 2, lines 5 and 7).
 
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B]: the best under a random head, against the response whose preference the heads dispute most.
+    The best under a random head meets the response whose preference the heads dispute most.
     """
     first = _random_head(rewards, key).argmax(-1)
     return _most_disputed(first, jax.nn.sigmoid(_margins(rewards, first)), distinct)
 
 
-def bai_ts_logits(rewards: Array, distinct: Array, key: Array) -> Duel:
-    """As `bai_ts`, but by the variance of the logit instead of the preference's, as in the authors' code.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B].
-    """
+def bai_ts_logits(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """As `bai_ts`, but by the variance of the logit instead of the preference's, as in the authors' code."""
     first = _random_head(rewards, key).argmax(-1)
     return _most_disputed(first, _margins(rewards, first), distinct)
 
 
-def bai_ts_oat(rewards: Array, distinct: Array, key: Array) -> Duel:
-    """As `bai_ts_logits`, but one random head chooses for all prompts of the call: both departures of the authors' code.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B].
-    """
+def bai_ts_oat(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """As `bai_ts_logits`, but one random head chooses for all prompts of the call: both departures of the authors' code."""
     first = rewards[jax.random.randint(key, (), 0, rewards.shape[0])].argmax(-1)
     return _most_disputed(first, _margins(rewards, first), distinct)
 
 
-def uncertainty(rewards: Array, distinct: Array, key: Array) -> Duel:
-    """Pure exploration: the pair whose logit difference the heads dispute most (SEA paper, App. G.1).
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: not used.
-
-    Returns:
-      Duel, [B].
-    """
+def uncertainty(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """Pure exploration: the pair whose logit difference the heads dispute most (SEA paper, App. G.1); needs no key."""
     return best_pair((rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
 
 
-def max_margin(rewards: Array, distinct: Array, key: Array) -> Duel:
-    """The pair that a random head tells apart most: its best against its worst.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: random key.
-
-    Returns:
-      Duel, [B]; the first is the better one under the drawn head.
-    """
+def max_margin(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """The pair that a random head tells apart most: first its best, then its worst."""
     reward = _random_head(rewards, key)
     return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
-def best_against_worst(rewards: Array, distinct: Array, key: Array) -> Duel:
+def best_against_worst(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
     """The pair that the ensemble's mean tells apart most: its best against its worst.
 
     Args:
@@ -251,60 +187,28 @@ def build(name: str) -> DuelRule:
     return jax.jit(rule)
 
 
-def best_of_n(rewards: Array) -> Array:
-    """Returns the candidate that the ensemble's mean ranks highest.
-
-    Args:
-      rewards: [K, B, N] float32.
-
-    Returns:
-      [B] int32.
-    """
+def best_of_n(rewards: Float32[Array, "K B N"]) -> Int32[Array, " B"]:
+    """Returns the candidate that the ensemble's mean ranks highest."""
     return rewards.mean(0).argmax(-1).astype(jnp.int32)
 
 
-def duel_rewards(rewards: Array, duel: Duel) -> tuple[Array, Array]:
-    """Returns every head's reward of the two duellists.
-
-    Args:
-      rewards: [K, B, M] float32.
-      duel: Duel, [B].
-
-    Returns:
-      ([K, B], [K, B]) float32, of the first and of the second.
-    """
+def duel_rewards(rewards: Float32[Array, "K B M"], duel: Duel) -> tuple[Float32[Array, "K B"], Float32[Array, "K B"]]:
+    """Returns every head's rewards of the two duellists, the first's and the second's."""
     return (
         jnp.take_along_axis(rewards, duel.first[None, :, None], axis=2)[..., 0],
         jnp.take_along_axis(rewards, duel.second[None, :, None], axis=2)[..., 0],
     )
 
 
-def head_label(rewards: Array, duel: Duel, key: Array) -> Array:
-    """Labels a duel as one random head per prompt sees it.
-
-    Args:
-      rewards: [K, B, M] float32.
-      duel: Duel, [B].
-      key: random key.
-
-    Returns:
-      [B] float32: 1 where the drawn head prefers the first response, 0 where the second, 0.5 on a tie.
-    """
+def head_label(rewards: Float32[Array, "K B M"], duel: Duel, key: PRNGKeyArray) -> Float32[Array, " B"]:
+    """Labels a duel as one random head per prompt sees it: 1 if it prefers the first response, 0 the second, 0.5 on a tie."""
     first, second = duel_rewards(rewards, duel)
     head = jax.random.randint(key, (rewards.shape[1],), 0, rewards.shape[0])
     margin = jnp.take_along_axis(first - second, head[None], axis=0)[0]
     return (jnp.sign(margin) + 1) / 2
 
 
-def mean_label(rewards: Array, duel: Duel) -> Array:
-    """Labels a duel softly, as the ensemble on the whole sees it: mean over heads of sigmoid(r(first) - r(second)).
-
-    Args:
-      rewards: [K, B, M] float32.
-      duel: Duel, [B].
-
-    Returns:
-      [B] float32, the probability that the first response wins.
-    """
+def mean_label(rewards: Float32[Array, "K B M"], duel: Duel) -> Float32[Array, " B"]:
+    """Labels a duel softly, as the ensemble on the whole sees it: mean over heads of sigmoid(r(first) - r(second))."""
     first, second = duel_rewards(rewards, duel)
     return jax.nn.sigmoid(first - second).mean(0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Real
 from scipy import special
 
 CONFIDENCE = 0.95
@@ -16,8 +17,8 @@ class Interval:
 
     Args:
       mean: the estimate.
-      low: lower bound; NaN when the values do not determine one.
-      high: upper bound; NaN when the values do not determine one.
+      low: NaN when the values do not determine one, as `high`.
+      high: upper bound.
       count: how many values the estimate comes from.
     """
 
@@ -27,17 +28,14 @@ class Interval:
     count: int
 
 
-def win_rate(wins: Sequence[float] | np.ndarray) -> Interval:
-    """Share of prompts won, a tie counting half, with the Wilson score interval over prompts.
+def win_rate(wins: Sequence[float] | Real[np.ndarray, " N"]) -> Interval:
+    """Share of N prompts won, a tie counting half, with the Wilson score interval over prompts.
 
     Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953; a tie enters as half a success, which makes the
     interval a little too wide.
 
     Args:
-      wins: [N] 1 where the response won, 0 where it lost, 0.5 for a tie.
-
-    Returns:
-      The interval over the N prompts.
+      wins: 1 where the response won, 0 where it lost, 0.5 for a tie.
 
     Raises:
       ValueError: wins is empty, not one-dimensional, or holds another value.
@@ -57,16 +55,11 @@ def win_rate(wins: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, max(0.0, min(mean, center - half_width)), min(1.0, max(mean, center + half_width)), count)
 
 
-def over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of one number per seed with the Student-t interval over seeds.
+def over_seeds(values: Sequence[float] | Real[np.ndarray, " N"]) -> Interval:
+    """Mean of one finite number per seed with the Student-t interval over the N seeds.
 
-    Student (1908), https://doi.org/10.1093/biomet/6.1.1.
-
-    Args:
-      values: [N] one finite number per seed.
-
-    Returns:
-      The interval over the N seeds; its bounds are NaN for a single seed, which tells nothing of the spread.
+    Student (1908), https://doi.org/10.1093/biomet/6.1.1. The bounds are NaN for a single seed, which tells nothing of the
+    spread.
 
     Raises:
       ValueError: values is empty, not one-dimensional, or holds a number that is not finite.

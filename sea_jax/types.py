@@ -1,6 +1,7 @@
 """The frozen pytrees that flow through one step, and the shapes of the functions a user may bring.
 
-Letters: B prompts, M candidates, K heads, P prompt tokens, T response tokens, d features.
+Letters of all annotations: B prompts, M candidates, K heads, P prompt tokens, T response tokens, S tokens of any sequence,
+d features, V vocabulary, L layers, N texts, pairs or rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,22 +11,19 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float32, Float64, Int, Int32
 
 Array = jax.Array
-Params = Any  # a nested dict (or tuple) of arrays
+AnyArray = jax.Array | np.ndarray  # of the devices or of the host
+Params = dict[str, Any]  # a nested dict (with tuples of stacks) of arrays, or of the ParamSpec that describe them
 
 
 @struct.dataclass
 class Prompts:
-    """Tokenised prompts, padded on the left so that the last prompt token is the last column.
+    """Tokenised prompts, padded on the left so that the last prompt token is the last column; valid: False on padding."""
 
-    Attributes:
-      tokens: [B, P] int32.
-      valid: [B, P] bool, False on padding.
-    """
-
-    tokens: Array
-    valid: Array
+    tokens: Int32[AnyArray, "B P"]
+    valid: Bool[AnyArray, "B P"]
 
 
 @struct.dataclass
@@ -33,29 +31,24 @@ class Candidates:
     """M sampled responses to each prompt.
 
     Attributes:
-      tokens: [B, M, T] int32, the end-of-sequence token included, padded behind it.
-      lengths: [B, M] int32, response tokens, the end-of-sequence token included.
-      logprobs: [B, M, T] float32, of the sampled tokens at temperature 1; 0 on padding.
-      features: [B, M, d] float32, mean over the response tokens of the hidden state read for the ERM.
+      tokens: the end-of-sequence token included, padded behind it.
+      lengths: response tokens, the end-of-sequence token included.
+      logprobs: of the sampled tokens at temperature 1; 0 on padding.
+      features: mean over the response tokens of the hidden state read for the ERM; d = 0 where none is read.
     """
 
-    tokens: Array
-    lengths: Array
-    logprobs: Array
-    features: Array
+    tokens: Int32[Array, "B M T"]
+    lengths: Int32[Array, "B M"]
+    logprobs: Float32[Array, "B M T"]
+    features: Float32[Array, "B M d"]
 
 
 @struct.dataclass
 class Duel:
-    """The two candidates of each prompt that are compared.
+    """The two of each prompt's M candidates that are compared, by their indices."""
 
-    Attributes:
-      first: [B] int32, index of the first response among the M candidates.
-      second: [B] int32, index of the second response.
-    """
-
-    first: Array
-    second: Array
+    first: Int32[Array, " B"]
+    second: Int32[Array, " B"]
 
 
 @struct.dataclass
@@ -63,53 +56,52 @@ class PairLogps:
     """What a direct optimizer knows of a preference pair: log-probs summed over the response tokens.
 
     Attributes:
-      chosen: [B] float32, log pi(y+ | x).
-      rejected: [B] float32, log pi(y- | x).
-      reference_chosen: [B] float32, log pi_ref(y+ | x).
-      reference_rejected: [B] float32, log pi_ref(y- | x).
-      chosen_length: [B] int32, response tokens of y+.
-      rejected_length: [B] int32, response tokens of y-.
+      chosen: log pi(y+ | x).
+      rejected: log pi(y- | x).
+      reference_chosen: log pi_ref(y+ | x).
+      reference_rejected: log pi_ref(y- | x).
+      chosen_length: response tokens of y+.
+      rejected_length: response tokens of y-.
     """
 
-    chosen: Array
-    rejected: Array
-    reference_chosen: Array
-    reference_rejected: Array
-    chosen_length: Array
-    rejected_length: Array
+    chosen: Float32[Array, " B"]
+    rejected: Float32[Array, " B"]
+    reference_chosen: Float32[Array, " B"]
+    reference_rejected: Float32[Array, " B"]
+    chosen_length: Int32[Array, " B"]
+    rejected_length: Int32[Array, " B"]
 
 
 @struct.dataclass
 class PreferenceBatch:
-    """Pairs for one policy step; a label is the probability that the first response wins.
+    """Pairs for one policy step.
 
     Attributes:
-      prompts: Prompts, [B, P].
-      tokens: [B, 2, T] int32, first and second response, padded on the right.
-      lengths: [B, 2] int32, response tokens.
-      labels: [B] float32 in [0, 1].
-      weights: [B] float32, 0 leaves a pair out.
+      tokens: first and second response, padded on the right.
+      lengths: response tokens.
+      labels: in [0, 1], the probability that the first response wins.
+      weights: 0 leaves a pair out.
     """
 
     prompts: Prompts
-    tokens: Array
-    lengths: Array
-    labels: Array
-    weights: Array
+    tokens: Int32[Array, "B 2 T"]
+    lengths: Int32[Array, "B 2"]
+    labels: Float32[Array, " B"]
+    weights: Float32[Array, " B"]
 
 
 class Judgement(NamedTuple):
     """Answers to some of the N duels that an oracle was asked about.
 
     Attributes:
-      rows: [n] int, which of the N are answered.
-      probability: [n] float64, that the first response wins, before any noise.
-      label: [n] float64 in [0, 1], the label that is paid for and learnt from.
+      rows: which of the N are answered.
+      probability: that the first response wins, before any noise.
+      label: in [0, 1], the label that is paid for and learnt from.
     """
 
-    rows: np.ndarray
-    probability: np.ndarray
-    label: np.ndarray
+    rows: Int[np.ndarray, " n"]
+    probability: Float64[np.ndarray, " n"]
+    label: Float64[np.ndarray, " n"]
 
 
 Loss = Callable[..., Array]

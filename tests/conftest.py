@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
+from tests.support import shapes  # noqa: F401  # before anything of sea_jax, so that its annotations are checked
+
+# isort: split
 from sea_jax.models import tokenizer
 from sea_jax.models.checkpoints import builtin
 from sea_jax.runtime import cache

@@ -69,7 +69,7 @@ def test_when_nothing_has_changed_nobody_is_asked() -> None:
 
 def numbered(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
     """Candidate m of prompt b is the token 10 b + m, of length m + 1; its feature is its token."""
-    tokens = 10 * prompts.tokens[:, :1, None] + jnp.arange(3)[None, :, None]
+    tokens = 10 * jnp.asarray(prompts.tokens)[:, :1, None] + jnp.arange(3)[None, :, None]
     lengths = jnp.broadcast_to(jnp.arange(1, 4), tokens.shape[:2])
     return Candidates(tokens, lengths, jnp.zeros(tokens.shape), tokens.astype(jnp.float32))
 

@@ -64,7 +64,12 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-NOTHING = Candidates(tokens=None, lengths=None, logprobs=None, features=None)  # type: ignore[arg-type]
+NOTHING = Candidates(
+    tokens=jnp.zeros((0, 0, 0), jnp.int32),
+    lengths=jnp.zeros((0, 0), jnp.int32),
+    logprobs=jnp.zeros((0, 0, 0)),
+    features=jnp.zeros((0, 0, 0)),
+)
 
 
 def by_hand(trunk: Path, prompt: list[str], response: list[str]) -> np.ndarray:
@@ -74,9 +79,8 @@ def by_hand(trunk: Path, prompt: list[str], response: list[str]) -> np.ndarray:
     words = ["[CLS]", *prompt, "[SEP]", *response, "[SEP]"]
     tokens = jnp.array([[WORDS.index(word) for word in words]])
     types = jnp.array([[0] * (len(prompt) + 2) + [1] * (len(response) + 1)])
-    hidden = encoder.apply(
-        loaded.params, loaded.config, tokens, jnp.ones_like(tokens, bool), token_types=types, dtype="float32"
-    )
+    params, valid = jax.device_put(loaded.params), jnp.ones_like(tokens, bool)
+    hidden = encoder.apply(params, loaded.config, tokens, valid, token_types=types, dtype="float32")
     return np.asarray(hidden)[0, len(prompt) + 2 :].mean(0)
 
 
@@ -103,7 +107,8 @@ def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
 ) -> None:
     params, prompts, random = tiny.params(cuts=(2,)), tiny.prompts(3, 8, 1, 5), np.random.default_rng(0)
     tokens = random.integers(0, tiny.CONFIG.vocab_size, (4, 3, 6), dtype=np.int32)
-    written = Candidates(jnp.asarray(tokens), jnp.asarray(random.integers(1, 7, (4, 3))), NOTHING, NOTHING)  # type: ignore[arg-type]
+    lengths = jnp.asarray(random.integers(1, 7, (4, 3)), jnp.int32)
+    written = Candidates(jnp.asarray(tokens), lengths, jnp.zeros(tokens.shape), jnp.zeros((4, 3, 0)))
     at_a_time: list[int] = []
 
     def counted(params: object, prompts: object, tokens: jax.Array, *arguments: object, **named: object) -> jax.Array:

@@ -165,7 +165,9 @@ def test_microbatches_and_recomputed_layers_change_nothing():
 
 
 def garbage_everywhere(pairs: PreferenceBatch, row: int) -> PreferenceBatch:
-    prompts = Prompts(pairs.prompts.tokens.at[row].set(10**6), pairs.prompts.valid.at[row].set(False))
+    prompts = Prompts(
+        jnp.asarray(pairs.prompts.tokens).at[row].set(10**6), jnp.asarray(pairs.prompts.valid).at[row].set(False)
+    )
     return dataclasses.replace(
         pairs,
         prompts=prompts,

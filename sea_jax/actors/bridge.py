@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from sea_jax.actors.generation import GenerationConfig
 from sea_jax.models import decoder, partition
@@ -26,7 +27,7 @@ from sea_jax.settings import (
     one_of_numbers,
     setting,
 )
-from sea_jax.types import Array, Candidates, Generate, OtherVersion, Params, PolicyServers, Prompts, Response
+from sea_jax.types import Candidates, Generate, OtherVersion, Params, PolicyServers, Prompts, Response
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,18 @@ def bridge(
     Each prompt has a seed of its own, drawn from the key, so that it does not matter which server answers it.
 
     Args:
-      servers: PolicyServers; with several processes, those that the first asks.
+      servers: with several processes, those that the first asks.
       frozen: the frozen part of the policy's parameters; servers that have a version of this run's have it.
       config: ModelConfig.
-      sampling: GenerationConfig; the weights are rounded to its dtype, as those of the policy in this process are.
+      sampling: the weights are rounded to its dtype, as those of the policy in this process are.
       weights_dtype: of the weights on their way.
 
     Returns:
-      Generate; its candidates have no features: [B, M, 0]. It raises ValueError where the servers have another version
+      Generate; its candidates have no features: d is 0. It raises ValueError where the servers have another version
       though they were given the right one, and OSError where none is up after all the waiting.
     """
 
-    def generate(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
+    def generate(trained: Params, prompts: Prompts, key: PRNGKeyArray, version: int) -> Candidates:
         tokens, valid = processes.fetch(prompts.tokens), processes.fetch(prompts.valid)
         rows = [ids[counts].tolist() for ids, counts in zip(tokens, valid, strict=True)]
         seeds = np.asarray(jax.random.bits(key, (len(rows),), "uint32")).tolist()
@@ -155,11 +156,11 @@ def bridge(
 
         with servers.turn:
             for _ in range(PUSHES):
-                name, fault = _synchronised(servers, frozen, trained, config, version, sampling.dtype, weights_dtype)
+                name, fault = _push(servers, frozen, trained, config, version, sampling.dtype, weights_dtype)
                 reason = fault or reason
-                written = processes.by_first(functools.partial(write, name), None, "the policy servers")
-                if processes.of_first(written is not None):
-                    return _candidates(written, len(rows), sampling)
+                responses = processes.by_first(functools.partial(write, name), None, "the policy servers")
+                if processes.of_first(responses is not None):
+                    return _candidates(responses, len(rows), sampling)
         raise ValueError(
             f"the policy servers were given version {name} {PUSHES} times and do not write with it: {reason}. Does another "
             "run use the same servers? Give each run its own in config.actor.urls"
@@ -168,7 +169,7 @@ def bridge(
     return generate
 
 
-def _synchronised(
+def _push(
     servers: PolicyServers,
     frozen: Params,
     trained: Params,
@@ -210,14 +211,14 @@ def _synchronised(
 
 
 def _candidates(
-    written: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: GenerationConfig
+    responses: Sequence[Sequence[Response]] | None, num_prompts: int, sampling: GenerationConfig
 ) -> Candidates:
     """Responses as arrays, in every process; the first one's are given."""
     shape = (num_prompts, sampling.num_samples, sampling.max_new_tokens)
     tokens, logprobs = np.full(shape, sampling.pad_id, np.int32), np.zeros(shape, np.float32)
     lengths = np.zeros(shape[:2], np.int32)
-    for row, responses in enumerate(written or ()):
-        for column, response in enumerate(responses):
+    for row, of_prompt in enumerate(responses or ()):
+        for column, response in enumerate(of_prompt):
             length = lengths[row, column] = len(response.tokens)
             tokens[row, column, :length], logprobs[row, column, :length] = response.tokens, response.logprobs
     tokens, lengths, logprobs = processes.tree_of_first((tokens, lengths, logprobs))

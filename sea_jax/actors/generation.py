@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from sea_jax.models import decoder, partition
 from sea_jax.models.config import ModelConfig
@@ -109,8 +110,7 @@ def configured(
 def texts_of(tokenizer: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
     """Returns the function that decodes candidates for people and oracles; learning uses the ids as they were sampled.
 
-    Returns:
-      Candidates [B, M, T] -> B lists of M texts, special tokens left out and stripped.
+    Special tokens are left out, and the texts stripped.
     """
 
     def decode(candidates: Candidates) -> list[list[str]]:
@@ -126,26 +126,23 @@ def texts_of(tokenizer: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
 class _State(NamedTuple):
     """What the loop carries; step counts the response tokens drawn so far."""
 
-    step: Array
-    done: Array  # [B, M]
-    tokens: Array  # [B, M, T]
-    logprobs: Array  # [B, M, T]
-    lengths: Array  # [B, M]
-    feature_sum: Array  # [B, M, d]
-    hidden: Array  # [B, M, d], behind the last norm, of the newest token
-    caches: tuple[decoder.KV, ...]
+    step: Int32[Array, ""]
+    done: Bool[Array, "B M"]
+    tokens: Int32[Array, "B M T"]
+    logprobs: Float32[Array, "B M T"]
+    lengths: Int32[Array, "B M"]
+    feature_sum: Float32[Array, "B M d"]
+    hidden: Float[Array, "B M d"]  # behind the last norm, of the newest token
+    caches: tuple[decoder.ResponseKV, ...]
 
 
-def restrict(logits: Array, top_k: int, top_p: float) -> Array:
+def restrict(logits: Float32[Array, "N V"], top_k: int, top_p: float) -> Float32[Array, "N V"]:
     """Sets the logits of tokens outside the top k, or outside the nucleus of mass p, to minus infinity.
 
     Args:
-      logits: [N, V] float32.
+      logits: of any temperature.
       top_k: 0 keeps all.
       top_p: mass in (0, 1]; 1 keeps all. The token that crosses the mass is kept.
-
-    Returns:
-      [N, V] float32.
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -159,25 +156,24 @@ def restrict(logits: Array, top_k: int, top_p: float) -> Array:
     return logits
 
 
-def draw(logits: Array, uniform: Array) -> Array:
+def draw(logits: Float32[Array, "N V"], uniform: Float32[Array, " N"]) -> Int32[Array, " N"]:
     """Draws one token per row by inverting the distribution function, block by block.
 
     One pass of exp over the vocabulary and two short cumulative sums: the Gumbel trick would need a random number and a
     logarithm for every entry.
 
     Args:
-      logits: [N, V] float32; minus infinity is never drawn.
-      uniform: [N] float32 in [0, 1).
-
-    Returns:
-      [N] int32.
+      logits: minus infinity is never drawn.
+      uniform: in [0, 1).
     """
     num_rows, vocab_size = logits.shape
     width = -(-vocab_size // BLOCKS)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, BLOCKS * width - vocab_size))).reshape(num_rows, BLOCKS, width)
 
-    def pick(mass: Array, target: Array) -> tuple[Array, Array]:
+    def pick(
+        mass: Float32[Array, "N W"], target: Float32[Array, " N"]
+    ) -> tuple[Int[Array, " N"], Float32[Array, " N"]]:
         """The first entry whose cumulative mass exceeds the target (rounding aside, it exists), and the mass before it."""
         cumulative = jnp.cumsum(mass, axis=-1)
         above = (cumulative > target[:, None]) & (mass > 0)
@@ -191,17 +187,10 @@ def draw(logits: Array, uniform: Array) -> Array:
     return (block * width + entry).astype(jnp.int32)
 
 
-def choose(logits: Array, key: Array, sampling: GenerationConfig) -> tuple[Array, Array]:
-    """Draws one token per row and returns its log-prob at temperature 1, unrestricted: the learner's own.
-
-    Args:
-      logits: [N, V] float32.
-      key: random key.
-      sampling: GenerationConfig.
-
-    Returns:
-      ([N] int32, [N] float32).
-    """
+def choose(
+    logits: Float32[Array, "N V"], key: PRNGKeyArray, sampling: GenerationConfig
+) -> tuple[Int32[Array, " N"], Float32[Array, " N"]]:
+    """Draws one token per row and returns its log-prob at temperature 1, unrestricted: the learner's own."""
     if sampling.temperature == 0:
         token = logits.argmax(-1).astype(jnp.int32)
     else:
@@ -213,20 +202,9 @@ def choose(logits: Array, key: Array, sampling: GenerationConfig) -> tuple[Array
 
 @partial(jax.jit, static_argnames=("config", "sampling"))
 def generate(
-    params: Params, prompts: Prompts, key: Array, *, config: ModelConfig, sampling: GenerationConfig
+    params: Params, prompts: Prompts, key: PRNGKeyArray, *, config: ModelConfig, sampling: GenerationConfig
 ) -> Candidates:
-    """Writes M responses to each prompt and reads the features of each on the way.
-
-    Args:
-      params: the policy's parameters (decoder.abstract).
-      prompts: Prompts, [B, P].
-      key: random key.
-      config: ModelConfig.
-      sampling: GenerationConfig.
-
-    Returns:
-      Candidates, [B, M, T].
-    """
+    """Writes M responses to each prompt and reads the features of each on the way."""
     num_prompts, num_samples, max_new_tokens = prompts.tokens.shape[0], sampling.num_samples, sampling.max_new_tokens
     params = partition.cast(params, sampling.dtype)  # once, not at every token
     stacks = params["stacks"]
@@ -241,8 +219,10 @@ def generate(
         prompt_kv.append(kv)
     last = decoder.final(params, config, streams.prompt[:, -1])
 
-    def feed(state: _State, token: Array) -> tuple[Array, Array, tuple[decoder.KV, ...]]:
-        """Runs one token [B, M] through the layers: hidden [B, M, d], features [B, M, d], caches."""
+    def feed(
+        state: _State, token: Int32[Array, "B M"]
+    ) -> tuple[Float[Array, "B M d"], Float[Array, "B M d"], tuple[decoder.ResponseKV, ...]]:
+        """Runs one token of each response through the layers: hidden states, features, caches."""
         hidden = embedding[token]
         caches, features = [], None
         for index, (stack, kv, cache) in enumerate(zip(stacks, prompt_kv, state.caches, strict=True)):

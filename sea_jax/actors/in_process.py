@@ -4,41 +4,32 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from sea_jax.actors import generation
 from sea_jax.actors.generation import GenerationConfig
 from sea_jax.data import batching
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
-from sea_jax.types import Array, Candidates, Generate, Params, Prompts, Respond
+from sea_jax.types import Candidates, Generate, Params, Prompts, Respond
 
 
 def at_once(generate: Generate) -> Respond:
-    """Answers every batch when it is asked to, and has nothing to say of it.
-
-    Args:
-      generate: who writes.
-
-    Returns:
-      Respond.
-    """
+    """Answers every batch when it is asked to, and has nothing to say of it."""
     return lambda number, trained, prompts, key, version: (generate(trained, prompts, key, version), {})
 
 
 def in_process(frozen: Params, config: ModelConfig, sampling: GenerationConfig, batch_size: int = 0) -> Generate:
-    """The policy writes in this process.
+    """The policy writes in this process; the number of policy steps is not used.
 
     Args:
       frozen: the frozen part of the policy's parameters.
       config: ModelConfig.
       sampling: GenerationConfig.
       batch_size: prompts that are answered at a time, which bounds the memory of keys and values; 0: all.
-
-    Returns:
-      Generate; the number of policy steps is not used.
     """
 
-    def generate(trained: Params, prompts: Prompts, key: Array, version: int) -> Candidates:
+    def generate(trained: Params, prompts: Prompts, key: PRNGKeyArray, version: int) -> Candidates:
         write = functools.partial(generation.generate, decoder.join(frozen, trained), config=config, sampling=sampling)
         portions = batching.portions(len(prompts.tokens), batch_size)
         if len(portions) == 1:

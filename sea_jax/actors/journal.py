@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sea_jax.runtime import files, processes
@@ -50,11 +51,7 @@ class Journal:
         processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True), None, KEPT)
 
     def find(self, number: int) -> Written | None:
-        """Returns the responses to a batch, or None.
-
-        Args:
-          number: of the batch.
-        """
+        """Returns the responses to the batch of a number, or None."""
         path = self._path(number)
         content = processes.bytes_of_first(
             processes.by_first(lambda: path.read_bytes() if path.exists() else b"", b"", KEPT)
@@ -62,16 +59,12 @@ class Journal:
         if not content:
             return None
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            fields = {name: stored[name] for name in stored.files}
-        about = json.loads(str(fields.pop("about")))
+            about = json.loads(str(stored["about"]))
+            fields = {name: jnp.asarray(stored[name]) for name in stored.files if name != "about"}
         return Written(Candidates(**fields), about["version"], about["logprob_gap"])
 
     def record(self, number: int, written: Written) -> None:
-        """Writes the responses to a batch and returns when they are on disk.
-
-        Args:
-          number: of the batch.
-          written: Written.
+        """Writes the responses to the batch of a number and returns when they are on disk.
 
         Raises:
           OSError: the disk is full or gone.
@@ -84,11 +77,7 @@ class Journal:
         processes.by_first(lambda: files.write_whole(path, content.getvalue()), None, KEPT)
 
     def checkpointed(self, batches: int) -> None:
-        """Forgets what no checkpoint that is kept can come past again.
-
-        Args:
-          batches: prompts of so many batches were used when a checkpoint was saved.
-        """
+        """Forgets what no checkpoint that is kept can come past again; this one was saved when so many batches were used."""
         self._passed.append(batches)
         if len(self._passed) == self._passed.maxlen:
             processes.by_first(functools.partial(self._forget, self._passed[0]), None, KEPT)

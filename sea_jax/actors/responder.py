@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int32, PRNGKeyArray
 
 from sea_jax.actors.bridge import ActorSettings
 from sea_jax.actors.in_process import at_once
@@ -21,8 +22,12 @@ from sea_jax.types import Array, Candidates, Generate, Params, Prompts, Respond
 COMPARED = 2  # responses to each prompt whose log-probs are compared
 
 
-def _begun(write: Callable[[], Candidates]) -> Future[Candidates]:
-    """Begins to write; in a daemon, since an executor's threads are waited for at the interpreter's end, come what may."""
+Logprobs = Callable[[Params, Prompts, Int32[Array, "B m T"], Int32[Array, "B m"]], Float32[Array, "B m T"]]
+"""Trained parameters, prompts, tokens and lengths of m responses to each -> the learner's log-probs."""
+
+
+def _start(write: Callable[[], Candidates]) -> Future[Candidates]:
+    """Writes in a daemon, since an executor's threads are waited for at the interpreter's end, come what may."""
     future: Future[Candidates] = Future()
 
     def work() -> None:
@@ -54,19 +59,19 @@ class EngineResponder:
     def __init__(
         self,
         generate: Generate,
-        logprobs: Callable[[Params, Prompts, Array, Array], Array],
+        logprobs: Logprobs,
         journal: Journal,
         *,
         max_logprob_gap: float,
         initial: Params,
         sync_every: int = 1,
-        next_batch: Callable[[int], tuple[Prompts, Array]] | None = None,
+        next_batch: Callable[[int], tuple[Prompts, PRNGKeyArray]] | None = None,
     ) -> None:
         """Takes the parts.
 
         Args:
           generate: who writes.
-          logprobs: trained parameters, Prompts, tokens [B, m, T], lengths [B, m] -> the learner's log-probs [B, m, T].
+          logprobs: the learner's.
           journal: Journal.
           max_logprob_gap: nats per token; a greater one stops the run.
           initial: the initial policy's, which writes until it is given others.
@@ -88,7 +93,7 @@ class EngineResponder:
             self.settle()
 
     def __call__(
-        self, number: int, trained: Params, prompts: Prompts, key: Array, version: int
+        self, number: int, trained: Params, prompts: Prompts, key: PRNGKeyArray, version: int
     ) -> tuple[Candidates, Mapping[str, float]]:
         """Returns the responses to a batch.
 
@@ -106,28 +111,27 @@ class EngineResponder:
           ValueError: the learner and whoever wrote the responses disagree on their log-probs.
         """
         self.settle()
-        weights, of_version = self._due(trained, version)  # whatever the journal holds: the next batch may need them
+        weights, of_version = self._newest(trained, version)  # whatever the journal holds: the next batch may need them
         written = self._journal.find(number)
         if written is None:
-            written = self._finished(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
+            written = self._compare(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
             self._journal.record(number, written)
         if self._next_batch is not None and self._journal.find(number + 1) is None:
             following, following_key = self._next_batch(number + 1)
             if weights is trained:
                 weights = jax.tree.map(jnp.copy, trained)  # the learner's next step takes the buffers
-            future = _begun(functools.partial(self._generate, weights, following, following_key, of_version))
+            future = _start(functools.partial(self._generate, weights, following, following_key, of_version))
             self._pending = (number + 1, following, weights, of_version, future)
-        candidates = jax.tree.map(jnp.asarray, written.candidates)
         staleness = version - written.version
-        return candidates, {"actor/staleness": staleness, "actor/logprob_gap": written.logprob_gap}
+        return written.candidates, {"actor/staleness": staleness, "actor/logprob_gap": written.logprob_gap}
 
-    def _due(self, trained: Params, version: int) -> tuple[Params, int]:
+    def _newest(self, trained: Params, version: int) -> tuple[Params, int]:
         """The weights of the last multiple of `sync_every`, and their version."""
         if self._sync_every == 1:
             return trained, version
-        due = version - version % self._sync_every
-        if self._held[1] != due:
-            assert version == due, "a run goes on where `resumable` says"
+        newest = version - version % self._sync_every
+        if self._held[1] != newest:
+            assert version == newest, "a run goes on where `resumable` says"
             self._held = jax.tree.map(jnp.copy, trained), version
         return self._held
 
@@ -136,9 +140,9 @@ class EngineResponder:
         if self._pending is not None:
             number, prompts, trained, version, future = self._pending
             self._pending = None
-            self._journal.record(number, self._finished(prompts, trained, version, future.result()))
+            self._journal.record(number, self._compare(prompts, trained, version, future.result()))
 
-    def _finished(self, prompts: Prompts, trained: Params, version: int, candidates: Candidates) -> Written:
+    def _compare(self, prompts: Prompts, trained: Params, version: int, candidates: Candidates) -> Written:
         """Compares the log-probs of who wrote with the learner's under the same weights."""
         some, lengths = candidates.tokens[:, :COMPARED], candidates.lengths[:, :COMPARED]
         own = np.asarray(self._logprobs(trained, prompts, some, lengths))
@@ -172,9 +176,9 @@ def open_responder(
     settings: ActorSettings,
     generate: Generate,
     *,
-    logprobs: Callable[[Params, Prompts, Array, Array], Array],
+    logprobs: Logprobs,
     initial: Params,
-    next_batch: Callable[[int], tuple[Prompts, Array]],
+    next_batch: Callable[[int], tuple[Prompts, PRNGKeyArray]],
     directory: Path,
     checkpoints_kept: int,
 ) -> Iterator[Responder]:

@@ -4,56 +4,45 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int, Int32
 
 
 class Padded(NamedTuple):
-    """Some of the sequences, side by side.
+    """Some of the sequences, side by side; valid: False on padding.
 
     Attributes:
-      rows: int [n], which sequences the first n rows hold; what is left of the batch is padding.
-      tokens: int32 [B, S].
-      valid: bool [B, S], False on padding.
+      rows: which sequences the first n rows hold; what is left of the batch is padding.
     """
 
-    rows: np.ndarray
-    tokens: np.ndarray
-    valid: np.ndarray
+    rows: Int[np.ndarray, " n"]
+    tokens: Int32[np.ndarray, "B S"]
+    valid: Bool[np.ndarray, "B S"]
 
 
 def rounded(length: int, bucket: int) -> int:
-    """Returns a length rounded up to a multiple of a bucket.
-
-    Args:
-      length: tokens.
-      bucket: tokens.
-    """
+    """Returns a length rounded up to a multiple of a bucket, both in tokens."""
     return -(-length // bucket) * bucket
 
 
 def portions(count: int, batch_size: int) -> list[slice]:
-    """Returns which rows of a batch are worked on at a time.
-
-    Args:
-      count: B, at least 1.
-      batch_size: rows at a time; 0: all.
-    """
+    """Returns which of `count` >= 1 rows are worked on at a time: `batch_size` of them, or all if that is 0."""
     size = batch_size or count
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def pad(
     sequences: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int, left: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
     """Puts sequences below each other.
 
     Args:
       sequences: at most B, of at most S tokens.
-      shape: [B, S].
+      shape: (B, S).
       pad_id: the token id of the padding.
       left: it stands before the tokens, not behind them.
 
     Returns:
-      tokens int32 [B, S], and bool [B, S], False on padding.
+      Tokens, and what is False on padding.
     """
     tokens, valid = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     for row, sequence in enumerate(sequences):
@@ -80,9 +69,6 @@ def by_length(
       pad_id: the token id of the padding.
       longest: S is never more; None: no limit.
       left: the padding stands before the tokens, not behind them.
-
-    Yields:
-      Padded.
     """
     order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
     for start in range(0, len(sequences), batch_size):

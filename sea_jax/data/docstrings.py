@@ -100,12 +100,9 @@ class Pair(NamedTuple):
 
 
 def mine() -> list[Pair]:
-    """Returns the pairs of the standard library and of the listed packages that are installed.
+    """Returns the pairs of the standard library and of the listed packages that are installed, in a fixed order, no post twice.
 
     They are kept in the cache directory under a hash of the versions; the log gives their number and own hash.
-
-    Returns:
-      Pairs in a fixed order, no post twice.
     """
     sources = installed()
     versions = [f"{name}=={version}" for name, (version, _) in sources.items()]
@@ -141,11 +138,7 @@ def installed() -> dict[str, tuple[str, Path]]:
 
 
 def pairs_of_folders(folders: Sequence[Path]) -> list[Pair]:
-    """Returns the pairs of all Python files below some folders but tests, in a fixed order, no post twice.
-
-    Args:
-      folders: each is searched to the bottom.
-    """
+    """Returns the pairs of all Python files at any depth below some folders but tests, in a fixed order, no post twice."""
     by_post: dict[str, Pair] = {}
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
@@ -156,11 +149,7 @@ def pairs_of_folders(folders: Sequence[Path]) -> list[Pair]:
 
 
 def pairs_of_source(source: bytes) -> Iterator[Pair]:
-    """Yields the pairs of one Python file, in the order of its syntax tree.
-
-    Args:
-      source: the file's content; one that does not parse has no pairs.
-    """
+    """Yields the pairs of one Python file, in the order of its syntax tree; one that does not parse has none."""
     if b'"""' not in source and b"'''" not in source:
         return
     with warnings.catch_warnings():
@@ -183,11 +172,7 @@ def pairs_of_source(source: bytes) -> Iterator[Pair]:
 
 
 def pair_of_docstring(docstring: str) -> Pair | None:
-    """Returns the summary and the prose of a docstring, or None where it has no such pair.
-
-    Args:
-      docstring: its indentation already removed.
-    """
+    """Returns the summary and the prose of a docstring without its indentation, or None where it has no such pair."""
     first, *rest = re.split(r"\n\s*\n", docstring)
     if first.count("\n") > 2 or SIGNATURE.match(first) or SENTENCE_END.search(first):
         return None
@@ -232,30 +217,18 @@ def prose(blocks: list[str]) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """Returns a text without its markup and line breaks.
-
-    Args:
-      text: one paragraph of reStructuredText or Markdown.
-    """
+    """Returns a paragraph of reStructuredText or Markdown without its markup and line breaks."""
     for pattern, words in MARKUP:
         text = pattern.sub(words, text)
     return text.strip()
 
 
 def bare(text: str) -> str:
-    """Returns the words of a text in lower case, for comparison.
-
-    Args:
-      text: any text.
-    """
+    """Returns the words of a text in lower case, for comparison."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def prose_share(text: str) -> float:
-    """Returns the share of a text's words that are made of letters, between 0 and 1.
-
-    Args:
-      text: at least one word.
-    """
+    """Returns the share, between 0 and 1, of a text's words (at least one) that are made of letters."""
     words = text.split()
     return sum(PROSE_WORD.fullmatch(word) is not None for word in words) / len(words)

@@ -20,15 +20,13 @@ PROMPTS_COMPARED = 256  # with all others at a time: keeps the table of what the
 def without_near_duplicates(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
     """Returns the records whose prompt is not nearly that of one of the others.
 
-    Args:
-      records: what to choose from.
-      others: what to keep clear of; a wording that many of them share, such as that of a template, is no sign of nearness.
+    A wording that many of the others share, such as that of a template, is no sign of nearness.
     """
     column_of: dict[tuple[str, ...], int] = defaultdict(itertools.count().__next__)
     shingles_of_others = [word_shingles(other["prompt"]) for other in others]
     times = Counter(itertools.chain.from_iterable(shingles_of_others))
-    most = max(BOILERPLATE_TIMES, BOILERPLATE_SHARE * len(others))
-    boilerplate = {shingle for shingle, count in times.items() if count > most}
+    max_times = max(BOILERPLATE_TIMES, BOILERPLATE_SHARE * len(others))
+    boilerplate = {shingle for shingle, count in times.items() if count > max_times}
     columns_of_others = [[column_of[shingle] for shingle in own - boilerplate] for own in shingles_of_others]
     sizes_of_others = np.array([len(columns) for columns in columns_of_others])
     known = set(column_of)
@@ -47,22 +45,13 @@ def without_near_duplicates(records: Sequence[Record], others: Sequence[Record])
 
 
 def incidence(columns_of_rows: Sequence[Sequence[int]], num_columns: int) -> sparse.csr_array:
-    """Returns a sparse matrix of ones, int32 [R, num_columns].
-
-    Args:
-      columns_of_rows: R lists of the columns that hold a one.
-      num_columns: width.
-    """
+    """Returns a sparse int32 matrix with ones in the given columns of each row."""
     ends = np.cumsum([0, *map(len, columns_of_rows)])
     columns = np.fromiter(itertools.chain.from_iterable(columns_of_rows), np.int32, ends[-1])
     return sparse.csr_array((np.ones(len(columns), np.int32), columns, ends), shape=(len(columns_of_rows), num_columns))
 
 
 def word_shingles(text: str) -> set[tuple[str, ...]]:
-    """Returns all runs of four words of a text, in lower case; a shorter text is one run.
-
-    Args:
-      text: any text.
-    """
+    """Returns all runs of four words of a text, in lower case; a shorter text is one run."""
     words = docstrings.bare(text).split()
     return set(zip(words, words[1:], words[2:], words[3:], strict=False)) or {tuple(words)}

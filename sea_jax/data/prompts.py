@@ -8,6 +8,7 @@ from typing import NamedTuple, TypedDict
 import grain
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, Int32
 
 from sea_jax.data import batching, sources
 from sea_jax.data.near_duplicates import without_near_duplicates
@@ -89,19 +90,13 @@ class DataSettings:
 
 
 class Batch(TypedDict):
-    """B prompts as text and as token ids.
-
-    Args:
-      id, prompt, reference: of the records, B each.
-      tokens: int32 [B, P], left-padded.
-      valid: bool [B, P], false on padding.
-    """
+    """B prompts as text and, left-padded, as token ids; valid: False on padding."""
 
     id: list[str]
     prompt: list[str]
     reference: list[str]
-    tokens: np.ndarray
-    valid: np.ndarray
+    tokens: Int32[np.ndarray, "B P"]
+    valid: Bool[np.ndarray, "B P"]
 
 
 class Rendered(NamedTuple):
@@ -244,10 +239,10 @@ def render_all(
     system: str = "",
     max_prompt_tokens: int,
 ) -> list[Rendered]:
-    """Returns the records that fit into a number of tokens, rendered; says in the log how many do not.
+    """Returns the records that fit into a number of tokens, rendered, in their order; says in the log how many do not.
 
     Args:
-      records: in any order, which is kept.
+      records: what to render.
       tokenizer, template, chat, system: as in `render`.
       max_prompt_tokens: longer prompts are left out.
 
@@ -260,9 +255,9 @@ def render_all(
     ]
     if not rendered:
         raise ValueError("there are no prompts to render")
-    kept = [one for one in rendered if len(one.tokens) <= max_prompt_tokens]
+    kept = [prompt for prompt in rendered if len(prompt.tokens) <= max_prompt_tokens]
     if not kept:
-        lengths = [len(one.tokens) for one in rendered]
+        lengths = [len(prompt.tokens) for prompt in rendered]
         raise ValueError(
             f"data.max_prompt_tokens is {max_prompt_tokens}, and all {len(lengths)} prompts are longer: from "
             f"{min(lengths)} to {max(lengths)} tokens"
@@ -272,20 +267,14 @@ def render_all(
 
 
 def collate(rendered: Sequence[Rendered], pad_id: int, bucket: int) -> Batch:
-    """Puts prompts into one batch, padded on the left to the next multiple of a bucket.
-
-    Args:
-      rendered: B records with their tokens.
-      pad_id: the token id of the padding.
-      bucket: tokens; P is the length of the longest prompt rounded up to a multiple of it.
-    """
-    longest = max(len(one.tokens) for one in rendered)
+    """Puts prompts into one batch, padded on the left with `pad_id` to the next multiple of a bucket of tokens."""
+    longest = max(len(prompt.tokens) for prompt in rendered)
     shape = (len(rendered), batching.rounded(longest, bucket))
-    tokens, valid = batching.pad([one.tokens for one in rendered], shape, pad_id, left=True)
+    tokens, valid = batching.pad([prompt.tokens for prompt in rendered], shape, pad_id, left=True)
     return {
-        "id": [one.record["id"] for one in rendered],
-        "prompt": [one.record["prompt"] for one in rendered],
-        "reference": [one.record["reference"] for one in rendered],
+        "id": [prompt.record["id"] for prompt in rendered],
+        "prompt": [prompt.record["prompt"] for prompt in rendered],
+        "reference": [prompt.record["reference"] for prompt in rendered],
         "tokens": tokens,
         "valid": valid,
     }
@@ -311,7 +300,7 @@ def training_batches(
 
 def evaluation_batches(
     rendered: Sequence[Rendered], *, pad_id: int, bucket: int, batch_size: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
+) -> Iterator[tuple[Batch, Bool[np.ndarray, " B"]]]:
     """Yields every prompt once, in order, in batches of one size, to evaluate on.
 
     Args:
@@ -320,7 +309,7 @@ def evaluation_batches(
       batch_size: B; the last batch is filled up by repeating its last prompt.
 
     Yields:
-      A batch, and a mask bool [B] that is false on those repetitions: it is true N times in all.
+      A batch, and a mask that is false on those repetitions: it is true N times in all.
     """
     for start in range(0, len(rendered), batch_size):
         batch = list(rendered[start : start + batch_size])

@@ -34,10 +34,10 @@ def docstrings() -> list[Record]:
 
 
 def jsonl(path: str | Path, prompt_field: str, reference_field: str = "") -> list[Record]:
-    """Reads prompts from a file of one JSON object a line.
+    """Reads prompts from a file of one JSON object a line, in UTF-8; empty lines are passed over.
 
     Args:
-      path: UTF-8 text; empty lines are passed over.
+      path: of the file.
       prompt_field, reference_field: as in `records`.
 
     Raises:
@@ -52,9 +52,6 @@ def jsonl(path: str | Path, prompt_field: str, reference_field: str = "") -> lis
 
 def json_rows(path: Path) -> Iterator[Row]:
     """Yields the objects of a file of JSON lines.
-
-    Args:
-      path: of the file.
 
     Raises:
       ValueError: a line is not a JSON object.
@@ -103,10 +100,6 @@ def parquet(path: str | Path, prompt_field: str, reference_field: str = "") -> l
 
 def parquet_rows(file: Path, prompt_field: str, reference_field: str) -> Iterator[Row]:
     """Yields the rows of a Parquet file, with the columns that a record is made of (https://parquet.apache.org).
-
-    Args:
-      file: one file.
-      prompt_field, reference_field: as in `records`.
 
     Raises:
       ValueError: the file is not in the format or does not have the columns.
@@ -176,9 +169,6 @@ def huggingface(
 
 def ask_hub(name: str) -> None:
     """Asks the hub once for a data set that was never fetched; `load_dataset` alone would ask for half a minute.
-
-    Args:
-      name: of the data set.
 
     Raises:
       Exception: of many kinds; the hub cannot be reached, or has no such data set for this user.
@@ -273,11 +263,7 @@ def records(origin: str, rows: Iterable[Row], prompt_field: str, reference_field
 
 
 def record_of(row: Mapping[str, Any], prompt_field: str, reference_field: str) -> Record:
-    """Returns the record of one row.
-
-    Args:
-      row: its fields; bytes stand for text in UTF-8.
-      prompt_field, reference_field: as in `records`.
+    """Returns the record of one row, in which bytes stand for text in UTF-8; the fields' names are as in `records`.
 
     Raises:
       ValueError: the row does not hold such a record; says why.
@@ -301,11 +287,7 @@ def record_of(row: Mapping[str, Any], prompt_field: str, reference_field: str) -
 
 
 def fields_of_record(names: Iterable[str], prompt_field: str, reference_field: str) -> list[str]:
-    """Returns which of some fields a record is made of.
-
-    Args:
-      names: all that there are.
-      prompt_field, reference_field: as in `records`.
+    """Returns which of the named fields a record is made of; `prompt_field` and `reference_field` are as in `records`.
 
     Raises:
       ValueError: one is not there.
@@ -320,10 +302,6 @@ def fields_of_record(names: Iterable[str], prompt_field: str, reference_field: s
 def needed(origin: str, names: Iterable[str], prompt_field: str, reference_field: str) -> list[str]:
     """Returns what `fields_of_record` returns; its error names the origin.
 
-    Args:
-      origin: what the names are of.
-      names, prompt_field, reference_field: as in `fields_of_record`.
-
     Raises:
       ValueError: a field is not there.
     """
@@ -334,18 +312,10 @@ def needed(origin: str, names: Iterable[str], prompt_field: str, reference_field
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what a library's error says, on one line and shortened; its type where it says nothing.
-
-    Args:
-      error: of any kind.
-    """
+    """Returns what a library's error says, on one line and shortened; its type where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def digest(text: str) -> str:
-    """Returns the hexadecimal sha256 of a text.
-
-    Args:
-      text: any text.
-    """
+    """Returns the hexadecimal sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import normal, zeros
+from jaxtyping import Bool, Float, Int, Int32, PRNGKeyArray
 
 from sea_jax.models import encoder, partition
 from sea_jax.models.config import DebertaConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
-from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
+from sea_jax.models.parameters import ParamSpec, initialise, matrices, norm
+from sea_jax.types import AnyArray, Array, Params
 
 
 def abstract(config: DebertaConfig) -> Params:
     """The parameter tree with a ParamSpec for every leaf, from which init, loading and sharding derive.
-
-    Args:
-      config: the encoder's configuration.
 
     Returns:
       {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
@@ -51,40 +50,32 @@ def abstract(config: DebertaConfig) -> Params:
     return tree
 
 
-def init(config: DebertaConfig, key: jax.Array) -> Params:
-    """Random parameters: matrices normal with the configuration's standard deviation, biases 0, norm scales 1.
-
-    Args:
-      config: the encoder's configuration.
-      key: a random key.
-
-    Returns:
-      The parameters, float32.
-    """
+def init(config: DebertaConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters in float32: matrices normal with the configuration's standard deviation, biases 0, norm scales 1."""
     return initialise(abstract(config), key)
 
 
 def apply(
     params: Params,
     config: DebertaConfig,
-    tokens: jax.Array,
-    valid: jax.Array,
+    tokens: Int[AnyArray, "B S"],
+    valid: Bool[AnyArray, "B S"],
     *,
-    token_types: jax.Array | None = None,
+    token_types: Int[AnyArray, "B S"] | None = None,
     dtype: Any,
-) -> jax.Array:
+) -> Float[Array, "B S d"]:
     """Runs the encoder; every token attends to all valid tokens of its sequence.
 
     Args:
-      params: the encoder's parameters.
-      config: the encoder's configuration.
-      tokens: int [B, S], padded on the right.
-      valid: bool [B, S], False on padding.
-      token_types: int [B, S], which sentence of a pair a token belongs to, or None: all of the first.
-      dtype: the dtype in which the layers compute; norms, attention scores and softmax are float32.
+      params: the encoder's.
+      config: the encoder's.
+      tokens: padded on the right.
+      valid: False on padding.
+      token_types: which sentence of a pair a token belongs to, or None: all of the first.
+      dtype: in which the layers compute; norms, attention scores and softmax are float32.
 
     Returns:
-      [B, S, d] hidden states after the last layer, in `dtype`.
+      Hidden states after the last layer, in `dtype`.
 
     Raises:
       ValueError: S exceeds the absolute positions that the encoder has embeddings for, if it has any.
@@ -109,10 +100,10 @@ def apply(
     rows = jnp.asarray(relative_rows(config, length))[jnp.arange(length)[:, None] - jnp.arange(length) + length - 1]
     names = ("q", "k") if config.share_projections else ("relative_q", "relative_k")
 
-    def heads(x: jax.Array) -> jax.Array:
+    def heads(x: Float[Array, "*N d"]) -> Float[Array, "*N heads h"]:
         return x.reshape(*x.shape[:-1], config.num_heads, -1)
 
-    def attention(x: jax.Array, layer: Params) -> jax.Array:
+    def attention(x: Float[Array, "N d"], layer: Params) -> Float[Array, "N d"]:
         q, k, v = (heads(linear(x, layer[name]).reshape(batch, length, -1)) for name in ("q", "k", "v"))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         if "c2p" in config.relative_terms:
@@ -127,7 +118,7 @@ def apply(
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch * length, -1)
 
-    def convolved(x: jax.Array) -> jax.Array:
+    def convolved(x: Float[Array, "N d"]) -> Float[Array, "N d"]:
         """What the first layer returns where the encoder convolves the embeddings too."""
         local = jax.lax.conv_general_dilated(
             embedded, params["conv"]["kernel"].astype(dtype), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
@@ -135,7 +126,7 @@ def apply(
         local = jnp.where(valid[..., None], local + params["conv"]["bias"].astype(dtype), 0).reshape(x.shape)
         return layer_norm(x + ACTIVATIONS[config.conv_activation](local), params["conv_norm"], config.norm_eps)
 
-    def body(x: jax.Array, inputs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+    def body(x: Float[Array, "N d"], inputs: tuple[Params, Bool[Array, ""]]) -> tuple[Float[Array, "N d"], None]:
         layer, is_first = inputs
         layer = partition.gathered(layer, layer_specs, x.dtype)
         x = partition.constrain(x, "batch")
@@ -150,15 +141,10 @@ def apply(
     return x.reshape(batch, length, -1)
 
 
-def relative_rows(config: DebertaConfig, length: int) -> np.ndarray:
+def relative_rows(config: DebertaConfig, length: int) -> Int32[np.ndarray, " 2*{length}-1"]:
     """Which row of the relative embeddings stands for each distance: exact when near, in logarithmic buckets when far.
 
-    Args:
-      config: the encoder's configuration.
-      length: S, tokens in a sequence.
-
-    Returns:
-      int32 [2 S - 1], for the distances query minus key from 1 - S to S - 1.
+    The distances are query minus key, from 1 - S to S - 1, of a sequence of S = `length` tokens.
     """
     distance = np.arange(1 - length, length)
     if config.position_buckets:

@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import normal
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from sea_jax.models import partition, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
-from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
+from sea_jax.models.parameters import ParamSpec, initialise, matrices, norm
+from sea_jax.types import AnyArray, Array, Params
 
-KV = tuple[jax.Array, jax.Array]
-"""Rotated keys and values of some layers."""
+# Letters of this file: k key and value heads, g query heads to each of them, h features of a head, n layers of a stack.
+KV = tuple[Float[Array, "..."], Float[Array, "..."]]
+"""Rotated keys and values of one layer or, with an axis in front, of some."""
+
+PromptKV = tuple[Float[Array, "*n B k P h"], Float[Array, "*n B k P h"]]
+ResponseKV = tuple[Float[Array, "*n B M k T h"], Float[Array, "*n B M k T h"]]
 
 # Finite, so that a padding token, which may attend to nothing, still gets finite numbers and gradients.
 _MASKED = -1e30
@@ -24,26 +30,22 @@ _MASKED = -1e30
 
 @flax.struct.dataclass
 class Streams:
-    """Prompts and the M responses that share each, as hidden states.
+    """Prompts and the M responses that share each, as hidden states; the responses are None for prompts alone.
 
-    Attributes:
-      prompt: [B, P, d].
-      responses: [B, M, T, d], or None for prompts alone.
-      prompt_valid: bool [B, P], False on padding, which is on the left: the last token of a prompt is at P - 1.
-      responses_valid: bool [B, M, T], False on padding, which is on the right; or None.
+    Valid is False on padding: on the left of a prompt, whose last token is at P - 1, and on the right of a response.
     """
 
-    prompt: jax.Array
-    responses: jax.Array | None
-    prompt_valid: jax.Array
-    responses_valid: jax.Array | None
+    prompt: Float[Array, "B P d"]
+    responses: Float[Array, "B M T d"] | None
+    prompt_valid: Bool[AnyArray, "B P"]
+    responses_valid: Bool[AnyArray, "B M T"] | None
 
 
 def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
     """The parameter tree with a ParamSpec for every leaf, from which init, loading and sharding derive.
 
     Args:
-      config: the decoder's configuration.
+      config: the decoder's.
       cuts: layer numbers, ascending, at which the layers are divided into stacks; (20,) gives [0, 20) and [20, L).
 
     Returns:
@@ -88,27 +90,18 @@ def specs(config: ModelConfig, part: Params) -> Params:
     """The ParamSpec of each parameter in a part of the tree, for their logical axes.
 
     Args:
-      config: the decoder's configuration.
+      config: the decoder's.
       part: some entries of a tree like `abstract`'s, with any number of stacks.
 
     Returns:
       A tree of the part's structure; the shapes in its stacks are those of all layers in one.
     """
-    one = abstract(config)
-    return {name: one[name] * len(part[name]) if name == "stacks" else one[name] for name in part}
+    whole = abstract(config)
+    return {name: whole[name] * len(part[name]) if name == "stacks" else whole[name] for name in part}
 
 
-def init(config: ModelConfig, key: jax.Array, cuts: Sequence[int] = ()) -> Params:
-    """Random parameters: matrices normal with the configuration's standard deviation, biases 0, norm scales 1.
-
-    Args:
-      config: the decoder's configuration.
-      key: a random key.
-      cuts: where the layers are divided into stacks, see `abstract`.
-
-    Returns:
-      The parameters, float32.
-    """
+def init(config: ModelConfig, key: PRNGKeyArray, cuts: Sequence[int] = ()) -> Params:
+    """Random parameters in float32: matrices normal with the configuration's standard deviation, biases 0, norm scales 1."""
     return initialise(abstract(config, cuts), key)
 
 
@@ -117,10 +110,7 @@ def recut(params: Params, cuts: Sequence[int]) -> Params:
 
     Args:
       params: a decoder's parameters, however its layers are divided.
-      cuts: where the layers are divided, see `abstract`.
-
-    Returns:
-      The parameters with the layers divided at the cuts.
+      cuts: where they are to be divided, see `abstract`.
 
     Raises:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
@@ -149,26 +139,23 @@ def _stacks(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
 def embed(
     params: Params,
     config: ModelConfig,
-    prompt_tokens: jax.Array,
-    prompt_valid: jax.Array,
-    response_tokens: jax.Array | None = None,
-    responses_valid: jax.Array | None = None,
+    prompt_tokens: Int[AnyArray, "B P"],
+    prompt_valid: Bool[AnyArray, "B P"],
+    response_tokens: Int[AnyArray, "B M T"] | None = None,
+    responses_valid: Bool[AnyArray, "B M T"] | None = None,
     *,
     dtype: Any,
 ) -> Streams:
-    """Looks up the embeddings of prompts and responses.
+    """Looks up the embeddings of prompts and responses, the streams before the first layer.
 
     Args:
-      params: the decoder's parameters.
-      config: the decoder's configuration.
-      prompt_tokens: int [B, P], padded on the left.
-      prompt_valid: bool [B, P], False on padding.
-      response_tokens: int [B, M, T], padded on the right, or None.
-      responses_valid: bool [B, M, T], False on padding, or None.
-      dtype: the dtype in which all later layers compute.
-
-    Returns:
-      The streams before the first layer.
+      params: the decoder's.
+      config: the decoder's.
+      prompt_tokens: padded on the left.
+      prompt_valid: False on padding.
+      response_tokens: padded on the right.
+      responses_valid: False on padding.
+      dtype: in which all later layers compute.
     """
     # Looked up in float32, the gradients of a token that comes often are then summed in it.
     table = partition.gathered(jnp.asarray(params["embed"]), abstract(config)["embed"], jnp.float32)
@@ -176,7 +163,7 @@ def embed(
     return Streams(table[prompt_tokens].astype(dtype), responses, prompt_valid, responses_valid)
 
 
-def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bool = False) -> tuple[Streams, KV]:
+def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bool = False) -> tuple[Streams, PromptKV]:
     """Runs the layers of one stack over prompts and responses.
 
     Every prompt token attends to the valid prompt tokens up to itself; every response token to all valid prompt
@@ -189,12 +176,12 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
 
     Args:
       stack: one element of params["stacks"], leaves [n, ...].
-      config: the decoder's configuration.
-      streams: hidden states before the stack.
+      config: the decoder's.
+      streams: before the stack.
       remat: whether the backward pass computes each layer again rather than keep what is inside it.
 
     Returns:
-      The streams after the stack, and the prompt's keys and values, each [n, B, KV heads, P, head_dim].
+      The streams after the stack, and the prompt's keys and values.
     """
     batch, prompt_length, d = streams.prompt.shape
     tokens = streams.prompt
@@ -209,7 +196,9 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
     positions = jnp.maximum(jnp.cumsum(streams.prompt_valid, axis=1) - 1, 0)
     prompt_rotations = rope.rotations(config, positions, longest)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
+    def attend(
+        q: Float[Array, "N _q"], k: Float[Array, "N _kv"], v: Float[Array, "N _kv"]
+    ) -> tuple[Float[Array, "N _q"], PromptKV]:
         q, k, v = (rows.reshape(batch, -1, rows.shape[-1]) for rows in (q, k, v))
         of_prompt = (part[:, :prompt_length] for part in (q, k, v))
         prompt_q, prompt_kv = _heads(config, (batch, prompt_length), prompt_rotations, *of_prompt)
@@ -225,7 +214,7 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
 
     layer_specs = abstract(config)["stacks"][0]
 
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, KV]:
+    def body(x: Float[Array, "B S d"], layer: Params) -> tuple[Float[Array, "B S d"], PromptKV]:
         rows = partition.constrain(x, "batch").reshape(-1, d)
         rows, kept = _layer(partition.gathered(layer, layer_specs, x.dtype), config, rows, attend)
         return rows.reshape(x.shape), kept
@@ -237,45 +226,26 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
     return Streams(prompt, responses, streams.prompt_valid, streams.responses_valid), kv
 
 
-def final(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Applies the norm that stands before the unembedding.
-
-    Args:
-      params: the decoder's parameters.
-      config: the decoder's configuration.
-      hidden: [..., d] hidden states after the last stack.
-
-    Returns:
-      [..., d]; logits are their product with `unembedding(params)`.
-    """
+def final(params: Params, config: ModelConfig, hidden: Float[Array, "*N d"]) -> Float[Array, "*N d"]:
+    """Applies the norm before the unembedding; logits are the product with `unembedding(params)`."""
     return _norm(hidden, params["final_norm"], config)
 
 
-def unembedding(params: Params) -> jax.Array:
-    """The matrix [V, d] whose rows score the tokens, the embeddings themselves where they are tied.
-
-    Args:
-      params: the decoder's parameters.
-
-    Returns:
-      [V, d].
-    """
+def unembedding(params: Params) -> Float[Array, "V d"]:
+    """The matrix whose rows score the tokens, the embeddings themselves where they are tied."""
     return params["unembed"] if "unembed" in params else params["embed"]
 
 
-def empty_cache(stack: Params, config: ModelConfig, batch: int, samples: int, steps: int, dtype: Any) -> KV:
-    """Room for the keys and values of responses.
+def empty_cache(stack: Params, config: ModelConfig, batch: int, samples: int, steps: int, dtype: Any) -> ResponseKV:
+    """Room, zeros, for the keys and values of responses.
 
     Args:
       stack: one element of params["stacks"].
-      config: the decoder's configuration.
+      config: the decoder's.
       batch: B prompts.
       samples: M responses per prompt.
       steps: T tokens per response.
-      dtype: the dtype of the hidden states.
-
-    Returns:
-      Zeros, each [n, B, M, KV heads, T, head_dim].
+      dtype: of the hidden states.
     """
     shape = (len(stack["q"]["kernel"]), batch, samples, config.num_kv_heads, steps, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -284,12 +254,12 @@ def empty_cache(stack: Params, config: ModelConfig, batch: int, samples: int, st
 def decode(
     stack: Params,
     config: ModelConfig,
-    hidden: jax.Array,
-    prompt_kv: KV,
-    prompt_valid: jax.Array,
-    cache: KV,
-    step: jax.Array,
-) -> tuple[jax.Array, KV]:
+    hidden: Float[Array, "B M d"],
+    prompt_kv: PromptKV,
+    prompt_valid: Bool[AnyArray, "B P"],
+    cache: ResponseKV,
+    step: Int[Array, ""],
+) -> tuple[Float[Array, "B M d"], ResponseKV]:
     """Runs the layers of one stack over one new token of every response.
 
     Where the rope depends on the length of the sequence (Dynamic, LongRope), each step takes the length so far and
@@ -298,29 +268,31 @@ def decode(
 
     Args:
       stack: one element of params["stacks"]; before a loop over steps, cast it to the dtype of `hidden`.
-      config: the decoder's configuration.
-      hidden: [B, M, d] hidden states of the new tokens before the stack.
-      prompt_kv: the prompt's keys and values from `run_stack`.
-      prompt_valid: bool [B, P].
+      config: the decoder's.
+      hidden: of the new tokens before the stack.
+      prompt_kv: from `run_stack`.
+      prompt_valid: False on padding.
       cache: the responses' keys and values, filled at positions before `step`.
-      step: int32 scalar, the position of the new token in its response.
+      step: the position of the new token in its response.
 
     Returns:
-      The hidden states [B, M, d] after the stack, and the cache filled at `step` too.
+      The hidden states after the stack, and the cache filled at `step` too.
     """
     batch, samples, d = hidden.shape
     positions = (jnp.sum(prompt_valid, axis=1) + step)[:, None, None]
     rotations = rope.rotations(config, positions, positions[:, 0, 0] + 1)
-    written = jnp.arange(cache[0].shape[4])[None] <= step
+    filled = jnp.arange(cache[0].shape[4])[None] <= step
 
-    def body(x: jax.Array, layer: tuple[Params, KV, KV]) -> tuple[jax.Array, KV]:
+    def body(x: Float[Array, "B M d"], layer: tuple[Params, PromptKV, ResponseKV]) -> tuple[Float[Array, "B M d"], KV]:
         weights, layer_prompt_kv, layer_cache = layer
         x = partition.constrain(x, "batch")
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
+        def attend(
+            q: Float[Array, "N _q"], k: Float[Array, "N _kv"], v: Float[Array, "N _kv"]
+        ) -> tuple[Float[Array, "N _q"], KV]:
             new_q, new_kv = _heads(config, (batch, samples, 1), rotations, q, k, v)
-            own_kv = _written(layer_cache, new_kv, step)
-            return _attend_shared(new_q, layer_prompt_kv, prompt_valid, own_kv, written), new_kv
+            own_kv = _put_at(layer_cache, new_kv, step)
+            return _attend_shared(new_q, layer_prompt_kv, prompt_valid, own_kv, filled), new_kv
 
         rows, kept = _layer(partition.gathered(weights, layer_specs, x.dtype), config, x.reshape(-1, d), attend)
         return rows.reshape(x.shape), kept
@@ -328,16 +300,16 @@ def decode(
     layer_specs = abstract(config)["stacks"][0]
     x, new_kv = jax.lax.scan(body, hidden, (stack, prompt_kv, cache))
     # Written once for all layers: a cache that the scan over layers returned would be copied whole at every step.
-    return x, _written(cache, new_kv, step)
+    return x, _put_at(cache, new_kv, step)
 
 
-def _written(cache: KV, new: KV, step: jax.Array) -> KV:
-    """A cache [..., T, head_dim] with new keys and values [..., 1, head_dim] at position `step`."""
+def _put_at(cache: ResponseKV, new: KV, step: Int[Array, ""]) -> ResponseKV:
+    """The cache with the new keys and values, one for each response, at position `step`."""
     k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, step, axis=-2) for old, new in zip(cache, new, strict=True))
     return k, v
 
 
-def _norm(x: jax.Array, weights: Params, config: ModelConfig) -> jax.Array:
+def _norm(x: Float[Array, "*N d"], weights: Params, config: ModelConfig) -> Float[Array, "*N d"]:
     """The family's norm."""
     return (rms_norm if config.norm == "rms" else layer_norm)(x, weights, config.norm_eps)
 
@@ -345,10 +317,10 @@ def _norm(x: jax.Array, weights: Params, config: ModelConfig) -> jax.Array:
 def _layer(
     layer: Params,
     config: ModelConfig,
-    x: jax.Array,
-    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KV]],
-) -> tuple[jax.Array, KV]:
-    """One layer over tokens [N, d]; `attend` mixes tokens, given their q, k and v, and says what to keep of them."""
+    x: Float[Array, "N d"],
+    attend: Callable[[Array, Array, Array], tuple[Array, KV]],
+) -> tuple[Float[Array, "N d"], KV]:
+    """One layer over tokens; `attend` mixes tokens, given their q, k and v, and says what to keep of them."""
     normed = _norm(x, layer["attention_norm"], config)
     q, k, v = (linear(normed, layer[name]) for name in ("q", "k", "v"))
     if config.head_norms:
@@ -362,22 +334,22 @@ def _layer(
     return attended + linear(inner, layer["down"]), kept
 
 
-def _norm_heads(rows: jax.Array, weights: Params, config: ModelConfig) -> jax.Array:
-    """The family's norm over each head's features of rows [N, H h]."""
+def _norm_heads(rows: Float[Array, "N H"], weights: Params, config: ModelConfig) -> Float[Array, "N H"]:
+    """The family's norm over each head's features; H: of all heads."""
     return _norm(rows.reshape(len(rows), -1, config.head_dim), weights, config).reshape(rows.shape)
 
 
 def _heads(
     config: ModelConfig,
     shape: tuple[int, ...],
-    rotations: tuple[jax.Array, jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-) -> tuple[jax.Array, KV]:
-    """Rows [N, H h] of `shape`'s tokens as scaled and rotated q [*shape, KV heads, G, h], and k and v by heads.
+    rotations: tuple[Float[Array, "*S r"], Float[Array, "*S r"]],
+    q: Float[Array, "*N q"],
+    k: Float[Array, "*N kv"],
+    v: Float[Array, "*N kv"],
+) -> tuple[Float[Array, "... k g h"], KV]:
+    """Features of `shape`'s tokens, whatever the axes N, as scaled and rotated q [*shape, k, g, h], and k and v by heads.
 
-    k and v are [B, ..., KV heads, S, h], heads before tokens, which XLA's CPU multiplies without copying them first.
+    k and v are [B, ..., k, S, h], heads before tokens, which XLA's CPU multiplies without copying them first.
     """
     cos, sin = (part[..., None, :] for part in rotations)
     q, k, v = (rows.reshape(*shape, -1, config.head_dim) for rows in (q, k, v))
@@ -385,8 +357,8 @@ def _heads(
     return q, (jnp.swapaxes(rope.rotate(k, cos, sin), -3, -2), jnp.swapaxes(v, -3, -2))
 
 
-def _attend_within(q: jax.Array, kv: KV, valid: jax.Array) -> jax.Array:
-    """Causal attention of tokens q [B, S, KV heads, G, h] to the valid ones among themselves, as rows [B S, H h]."""
+def _attend_within(q: Float[Array, "B P k g h"], kv: PromptKV, valid: Bool[AnyArray, "B P"]) -> Float[Array, "N _q"]:
+    """Causal attention of tokens to the valid ones among themselves, as rows of N = B P tokens."""
     k, v = kv
     batch, length = valid.shape
     mask = valid[:, None, :] & (jnp.arange(length) <= jnp.arange(length)[:, None])
@@ -395,11 +367,17 @@ def _attend_within(q: jax.Array, kv: KV, valid: jax.Array) -> jax.Array:
     return jnp.einsum("bksgr,bkrh->bskgh", weights.astype(v.dtype), v).reshape(batch * length, -1)
 
 
-def _attend_shared(q: jax.Array, prompt_kv: KV, prompt_valid: jax.Array, own_kv: KV, own: jax.Array) -> jax.Array:
-    """Attention of response tokens q [B, M, S, KV heads, G, h] to their prompt and to their own response's R tokens.
+def _attend_shared(
+    q: Float[Array, "B M S k g h"],
+    prompt_kv: PromptKV,
+    prompt_valid: Bool[AnyArray, "B P"],
+    own_kv: ResponseKV,
+    own: Bool[Array, "S T"],
+) -> Float[Array, "N _q"]:
+    """Attention of S tokens of each response to their prompt and to their own response's T tokens, as rows of N = B M S.
 
     One softmax over both, whose sums are taken apart so that the prompt's keys and values are neither repeated for
-    the M responses nor joined with theirs; own: bool [S, R], who may attend to whom. Returns rows [B M S, H h].
+    the M responses nor joined with theirs; own: who may attend to whom.
     """
     to_prompt = jnp.einsum("bmskgh,bkrh->bkmsgr", q, prompt_kv[0], preferred_element_type=jnp.float32)
     to_prompt = jnp.where(prompt_valid[:, None, None, None, None, :], to_prompt, _MASKED)
@@ -419,14 +397,11 @@ def _attend_shared(q: jax.Array, prompt_kv: KV, prompt_valid: jax.Array, own_kv:
 
 
 def divide(params: Params, num_trained_stacks: int | None) -> tuple[Params, Params]:
-    """Divides parameters into (frozen, trained).
+    """Divides parameters into (frozen, trained), which `join` puts together again.
 
     Args:
       params: a decoder's parameters.
       num_trained_stacks: the last so many stacks of layers and the last norm are trained; None: everything.
-
-    Returns:
-      Two trees that `join` puts together again.
     """
     if num_trained_stacks is None:
         return {"stacks": ()}, params
@@ -436,13 +411,5 @@ def divide(params: Params, num_trained_stacks: int | None) -> tuple[Params, Para
 
 
 def join(frozen: Params, trained: Params) -> Params:
-    """Returns the whole tree of parameters.
-
-    Args:
-      frozen: first part of `divide`.
-      trained: second part of `divide`.
-
-    Returns:
-      A decoder's parameters.
-    """
+    """Returns the whole tree of parameters of the two parts of `divide`."""
     return {**frozen, **trained, "stacks": (*frozen["stacks"], *trained["stacks"])}

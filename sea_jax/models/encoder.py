@@ -6,18 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import normal
+from jaxtyping import Bool, Float, Float32, Int, PRNGKeyArray
 
 from sea_jax.models import partition
 from sea_jax.models.config import EncoderConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear
-from sea_jax.models.parameters import Params, ParamSpec, initialise, matrices, norm
+from sea_jax.models.parameters import ParamSpec, initialise, matrices, norm
+from sea_jax.types import AnyArray, Array, Params
 
 
 def abstract(config: EncoderConfig) -> Params:
     """The parameter tree with a ParamSpec for every leaf, from which init, loading and sharding derive.
-
-    Args:
-      config: the encoder's configuration.
 
     Returns:
       {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
@@ -35,17 +34,14 @@ def abstract(config: EncoderConfig) -> Params:
     }
 
 
-def layers(num_layers: int, d_model: int, d_ff: int, weight: Callable[..., jax.Array]) -> Params:
-    """The leaves of an encoder's layers, a norm behind each half of a layer.
+def layers(num_layers: int, d_model: int, d_ff: int, weight: Callable[..., Array]) -> Params:
+    """The ParamSpec, [L, ...], of an encoder's layers, a norm behind each half of a layer.
 
     Args:
       num_layers: L.
       d_model: d.
       d_ff: width of the inner half.
       weight: initialiser of the matrices.
-
-    Returns:
-      A dict of [L, ...] ParamSpec.
     """
     n, d = num_layers, d_model
     return {
@@ -60,40 +56,32 @@ def layers(num_layers: int, d_model: int, d_ff: int, weight: Callable[..., jax.A
     }
 
 
-def init(config: EncoderConfig, key: jax.Array) -> Params:
-    """Random parameters: matrices normal with the configuration's standard deviation, biases 0, norm scales 1.
-
-    Args:
-      config: the encoder's configuration.
-      key: a random key.
-
-    Returns:
-      The parameters, float32.
-    """
+def init(config: EncoderConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters in float32: matrices normal with the configuration's standard deviation, biases 0, norm scales 1."""
     return initialise(abstract(config), key)
 
 
 def apply(
     params: Params,
     config: EncoderConfig,
-    tokens: jax.Array,
-    valid: jax.Array,
+    tokens: Int[AnyArray, "B S"],
+    valid: Bool[AnyArray, "B S"],
     *,
-    token_types: jax.Array | None = None,
+    token_types: Int[AnyArray, "B S"] | None = None,
     dtype: Any,
-) -> jax.Array:
+) -> Float[Array, "B S d"]:
     """Runs the encoder; every token attends to all valid tokens of its sequence.
 
     Args:
-      params: the encoder's parameters.
-      config: the encoder's configuration.
-      tokens: int [B, S], padded on the right.
-      valid: bool [B, S], False on padding.
-      token_types: int [B, S], which sentence of a pair a token belongs to, or None: all of the first.
-      dtype: the dtype in which the layers compute; norms and softmax are float32.
+      params: the encoder's.
+      config: the encoder's.
+      tokens: padded on the right.
+      valid: False on padding.
+      token_types: which sentence of a pair a token belongs to, or None: all of the first.
+      dtype: in which the layers compute; norms and softmax are float32.
 
     Returns:
-      [B, S, d] hidden states after the last layer, in `dtype`.
+      Hidden states after the last layer, in `dtype`.
 
     Raises:
       ValueError: S exceeds the positions that the encoder has embeddings for.
@@ -113,7 +101,7 @@ def apply(
 
     layer_specs = abstract(config)["stacks"][0]
 
-    def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+    def body(x: Float[Array, "N d"], layer: Params) -> tuple[Float[Array, "N d"], None]:
         layer = partition.gathered(layer, layer_specs, x.dtype)
         x = partition.constrain(x, "batch")
         q, k, v = (linear(x, layer[name]).reshape(batch, length, config.num_heads, -1) for name in ("q", "k", "v"))
@@ -128,15 +116,10 @@ def apply(
     return x.reshape(batch, length, -1)
 
 
-def mean_pool(hidden: jax.Array, valid: jax.Array) -> jax.Array:
+def mean_pool(hidden: Float[Array, "B S d"], valid: Bool[AnyArray, "B S"]) -> Float32[Array, "B d"]:
     """Averages hidden states over the valid tokens, the sentence embedding of Sentence-BERT (https://arxiv.org/abs/1908.10084).
 
-    Args:
-      hidden: [B, S, d] hidden states.
-      valid: bool [B, S].
-
-    Returns:
-      float32 [B, d], not normalised; zeros where no token is valid.
+    It is not normalised; zeros where no token is valid.
     """
     weights = valid.astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)

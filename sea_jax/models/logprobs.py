@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from sea_jax.models import decoder, partition
 from sea_jax.types import Array, Params
@@ -20,17 +21,16 @@ def _num_chunks(vocab_size: int, chunk: int) -> int:
     return fewest
 
 
-def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: int = CHUNK) -> Array:
+def token_logprobs(
+    hidden: Float[Array, "N d"], unembedding: Float[Array, "V d"], targets: Int[Array, " N"], *, chunk: int = CHUNK
+) -> Float32[Array, " N"]:
     """Returns log softmax(hidden @ unembedding^T) at the targets; no [N, V] array is ever held, nor saved for the gradient.
 
     Args:
-      hidden: [N, d], in the compute dtype.
-      unembedding: [V, d], in the compute dtype.
-      targets: [N] int32.
+      hidden: in the compute dtype; the log-sum-exp is taken in float32.
+      unembedding: in the compute dtype.
+      targets: token ids.
       chunk: vocabulary entries whose logits are held at a time.
-
-    Returns:
-      [N] float32; the log-sum-exp is taken in float32.
     """
     num_rows = hidden.shape[0]
     vocab_size, num_features = unembedding.shape
@@ -42,7 +42,9 @@ def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: 
     starts = jnp.arange(count)  # the block's first entry; the others follow at a distance of count
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(carry: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+    def step(
+        carry: tuple[Float32[Array, " N"], Float32[Array, " N"]], block: tuple[Float[Array, "v d"], Int[Array, ""]]
+    ) -> tuple[tuple[Float32[Array, " N"], Float32[Array, " N"]], None]:
         maximum, total = carry
         weights, start = block
         logits = jnp.einsum("nd,vd->nv", hidden, weights, preferred_element_type=jnp.float32)
@@ -58,17 +60,16 @@ def token_logprobs(hidden: Array, unembedding: Array, targets: Array, *, chunk: 
     return target - maximum - jnp.log(total)
 
 
-def response_logprobs(params: Params, config: decoder.ModelConfig, streams: decoder.Streams, tokens: Array) -> Array:
-    """Returns the log-prob of every response token, from the hidden states behind the last layer.
+def response_logprobs(
+    params: Params, config: decoder.ModelConfig, streams: decoder.Streams, tokens: Int[Array, "B M T"]
+) -> Float32[Array, "B M T"]:
+    """Returns the log-prob of every response token, from the hidden states behind the last layer; 0 on padding.
 
     Args:
       params: the decoder's parameters; only the last norm and the unembedding are used.
       config: ModelConfig.
-      streams: hidden states behind the last stack: prompt [B, P, d], responses [B, M, T, d].
-      tokens: [B, M, T] int32, padded on the right.
-
-    Returns:
-      [B, M, T] float32; 0 on padding.
+      streams: behind the last stack.
+      tokens: padded on the right.
     """
     assert streams.responses is not None
     assert streams.responses_valid is not None

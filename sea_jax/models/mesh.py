@@ -12,14 +12,11 @@ from sea_jax.models.partition import MESH_AXES
 
 
 def resolve_mesh(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
-    """Returns a mesh's shape with -1 replaced by what makes use of all devices.
+    """Returns a mesh's shape, three numbers, with -1 replaced by what makes use of all devices.
 
     Args:
       shape: devices along "data", "fsdp" and "tensor"; one of them may be -1.
       num_devices: how many there are.
-
-    Returns:
-      Three numbers.
 
     Raises:
       ValueError: the shape does not go with the number of devices.
@@ -35,14 +32,11 @@ def resolve_mesh(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of a run, for `jax.set_mesh`.
+    """Returns the mesh of a run, for `jax.set_mesh`, over the first devices: over all where there are several processes.
 
     Args:
       shape: devices along "data", "fsdp" and "tensor"; one of them may be -1: all that are left.
       devices: of all processes; None: those that JAX finds.
-
-    Returns:
-      A mesh over the first devices, all of them where there is more than one process.
 
     Raises:
       ValueError: the shape does not go with the number of devices.
@@ -64,7 +58,7 @@ def check_divides(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[st
     """Refuses batches and models that a mesh does not divide evenly.
 
     Args:
-      mesh: from `make`.
+      mesh: from `make_mesh`.
       batch_sizes: by the config field that holds each.
       models: by the config field that names each.
 

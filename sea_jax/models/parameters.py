@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
+from jaxtyping import PRNGKeyArray
 
-Params = dict[str, Any]
-"""A nested dict (with tuples of stacks) of arrays, or of the ParamSpec that describe them."""
+from sea_jax.types import Array, Params
 
 
 @dataclass(frozen=True)
@@ -25,53 +25,34 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Callable[..., jax.Array]
+    init: Callable[..., Array]
     dtype: Any = jnp.float32
 
 
 def norm(*shape: int, bias: bool = True) -> Params:
-    """Describes norms that begin as the identity.
-
-    Args:
-      *shape: ([layers,] width).
-      bias: a LayerNorm's; an RMSNorm has none.
-
-    Returns:
-      {"scale": shape} and, with a bias, "bias": shape.
-    """
+    """Describes norms, "scale" and "bias" of a shape ([layers,] width), that begin as the identity; an RMSNorm has no bias."""
     axes = ("layers",) * (len(shape) - 1) + (None,)
     scale = {"scale": ParamSpec(shape, axes, ones)}
     return scale | {"bias": ParamSpec(shape, axes, zeros)} if bias else scale
 
 
 def matrices(
-    shape: tuple[int, int, int], axes: tuple[str, str], init: Callable[..., jax.Array], bias: bool = True
+    shape: tuple[int, int, int], axes: tuple[str, str], init: Callable[..., Array], bias: bool = True
 ) -> Params:
-    """Describes one matrix per layer.
+    """Describes one matrix per layer, "kernel" [layers, rows, columns] and "bias" [layers, columns].
 
     Args:
       shape: (layers, rows, columns).
       axes: logical names of rows and columns.
       init: of the matrices; biases begin at 0.
       bias: there is one.
-
-    Returns:
-      {"kernel": shape} and, with a bias, "bias": [layers, columns].
     """
     kernel = {"kernel": ParamSpec(shape, ("layers", *axes), init)}
     return kernel | {"bias": ParamSpec((shape[0], shape[2]), ("layers", axes[1]), zeros)} if bias else kernel
 
 
-def initialise(abstract: Params, key: jax.Array) -> Params:
-    """Draws every parameter of an abstract tree by its own initialiser.
-
-    Args:
-      abstract: a tree whose leaves are ParamSpec.
-      key: a random key; each parameter gets its own split of it.
-
-    Returns:
-      A tree of the same structure whose leaves are arrays.
-    """
+def initialise(abstract: Params, key: PRNGKeyArray) -> Params:
+    """Draws every parameter of a tree of ParamSpec by its own initialiser, with a split of the key of its own."""
     specs, structure = jax.tree.flatten(abstract)
     keys = jax.random.split(key, len(specs))
     leaves = [spec.init(key, spec.shape, spec.dtype) for spec, key in zip(specs, keys, strict=True)]

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
-from sea_jax.models.parameters import Params, ParamSpec
+from sea_jax.models.parameters import ParamSpec
+from sea_jax.types import Array, Params
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -32,15 +34,12 @@ Axes = Sequence[str | None]
 
 
 def spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Returns how an array is divided over a mesh.
+    """Returns how an array is divided over a mesh; an axis that its mesh axes do not divide evenly stays whole.
 
     Args:
       axes: a logical name, or None, for each axis of the array.
       shape: of the array.
       sizes: devices along each mesh axis.
-
-    Returns:
-      PartitionSpec; an axis that its mesh axes do not divide evenly stays whole.
     """
 
     def of_axis(axis: str | None, size: int) -> str | tuple[str, ...] | None:
@@ -56,15 +55,12 @@ def spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> Partitio
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*shape"]:
     """Fixes, inside jit, how an array is divided over the mesh.
 
     Args:
       x: any array.
       axes: logical names of its first axes; those that are left out are whole.
-
-    Returns:
-      The same array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -74,26 +70,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def batches(tree: Any) -> Any:
-    """Divides the first axis of every array of a tree as batches are.
-
-    Args:
-      tree: arrays [B, ...].
-
-    Returns:
-      The same tree.
-    """
+    """Divides the first axis, [B, ...], of every array of a tree as batches are."""
     return jax.tree.map(lambda x: constrain(x, "batch"), tree)
 
 
 def whole(tree: Any) -> Any:
-    """Puts every array of a tree whole on every device, for the host to read.
-
-    Args:
-      tree: arrays.
-
-    Returns:
-      The same tree.
-    """
+    """Puts every array of a tree whole on every device, for the host to read."""
     return jax.tree.map(constrain, tree)
 
 
@@ -104,13 +86,10 @@ def gathered(params: Any, specs: Any, dtype: Any) -> Any:
       params: one layer's, or any other part.
       specs: ParamSpec of each, whose axes may begin with a "layers" that the parameters do not have.
       dtype: of matrices; they are cast before they travel.
-
-    Returns:
-      The parameters, matrices in `dtype`.
     """
 
-    def gather(x: jax.Array, one: ParamSpec) -> jax.Array:
-        axes = one.axes[len(one.axes) - x.ndim :]
+    def gather(x: Shaped[Array, "*shape"], described: ParamSpec) -> Shaped[Array, "*shape"]:
+        axes = described.axes[len(described.axes) - x.ndim :]
         # Two constraints: the gradient passes them in reverse and so ends divided as the parameter is.
         divided = constrain(x, *axes)
         divided = divided.astype(dtype) if x.ndim > 1 else divided
@@ -120,23 +99,14 @@ def gathered(params: Any, specs: Any, dtype: Any) -> Any:
 
 
 def as_stored(params: Params, specs: Params) -> Params:
-    """Divides parameters, or what is shaped like them, as they are kept between steps.
-
-    Args:
-      params: arrays.
-      specs: ParamSpec of each.
-
-    Returns:
-      The same tree.
-    """
-    return jax.tree.map(lambda x, one: constrain(x, *one.axes), params, specs)
+    """Divides parameters, or what is shaped like them, as they are kept between steps, by the ParamSpec of each."""
+    return jax.tree.map(lambda x, described: constrain(x, *described.axes), params, specs)
 
 
 def abstract_batches(tree: Any) -> Any:
-    """Returns shapes whose first axis is divided as batches are.
+    """Returns the shapes of a tree of arrays or shapes, their first axis divided as batches are.
 
-    Args:
-      tree: arrays or shapes; numbers without axes are whole.
+    Numbers without axes are whole.
 
     Returns:
       A tree of jax.ShapeDtypeStruct with the shardings of the mesh.
@@ -161,9 +131,6 @@ def cast(params: Params, dtype: Any) -> Params:
     Args:
       params: arrays.
       dtype: of matrices and biases; what norms hold is float32, since they compute in it.
-
-    Returns:
-      A tree of the same structure.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(jnp.float32 if _in_norm(path) else dtype), params)
 
@@ -175,36 +142,31 @@ def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
       params: numpy arrays.
       specs: ParamSpec of each.
       dtype: as for `cast`.
-
-    Returns:
-      A tree of the same structure whose leaves are arrays.
     """
     mesh = jax.sharding.get_mesh()
 
-    def place(path: Any, x: np.ndarray, one: ParamSpec) -> jax.Array:
+    def place(path: Any, x: np.ndarray, described: ParamSpec) -> Array:
         host = np.asarray(x, jnp.float32 if _in_norm(path) else dtype)
         if mesh.empty:
             return jax.device_put(host)
-        sharding = NamedSharding(mesh, spec(one.axes, host.shape, mesh.shape))
+        sharding = NamedSharding(mesh, spec(described.axes, host.shape, mesh.shape))
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree_util.tree_map_with_path(place, params, specs)
 
 
 def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:
-    """Returns what `put` would, without values.
+    """Returns what `put` would, without values: jax.ShapeDtypeStruct with the shardings of the mesh.
 
     Args:
       specs: ParamSpec of each parameter.
       dtype: as for `cast`.
-
-    Returns:
-      A tree of jax.ShapeDtypeStruct with the shardings of the mesh.
     """
     mesh = jax.sharding.get_mesh()
 
-    def describe(path: Any, one: ParamSpec) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh.empty else NamedSharding(mesh, spec(one.axes, one.shape, mesh.shape))
-        return jax.ShapeDtypeStruct(one.shape, jnp.float32 if _in_norm(path) else dtype, sharding=sharding)
+    def describe(path: Any, described: ParamSpec) -> jax.ShapeDtypeStruct:
+        shape = described.shape
+        sharding = None if mesh.empty else NamedSharding(mesh, spec(described.axes, shape, mesh.shape))
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if _in_norm(path) else dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(describe, specs)

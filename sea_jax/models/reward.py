@@ -2,22 +2,16 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int
 
 from sea_jax.models import decoder, partition
 from sea_jax.models.config import Config, ModelConfig
-from sea_jax.models.parameters import Params
+from sea_jax.types import AnyArray, Array, Params
 
 
 def check(config: Config) -> ModelConfig:
-    """Refuses any model that is not a reward model.
-
-    Args:
-      config: a model's configuration.
-
-    Returns:
-      The same configuration.
+    """Returns a reward model's configuration; refuses any other.
 
     Raises:
       ValueError: the model has no scalar head.
@@ -31,18 +25,17 @@ def check(config: Config) -> ModelConfig:
     )
 
 
-def apply(params: Params, config: ModelConfig, tokens: jax.Array, valid: jax.Array, *, dtype: Any) -> jax.Array:
+def apply(
+    params: Params, config: ModelConfig, tokens: Int[AnyArray, "N S"], valid: Bool[AnyArray, "N S"], *, dtype: Any
+) -> Float32[Array, " N"]:
     """Scores sequences by what the model says at their last token (https://arxiv.org/abs/2203.02155, section 3.5).
 
     Args:
-      params: the reward model's parameters, see `decoder.abstract`.
+      params: the reward model's, see `decoder.abstract`.
       config: its configuration, with a scalar head.
-      tokens: int [N, S], padded on the left.
-      valid: bool [N, S], False on padding.
-      dtype: the dtype in which the layers compute; the score is float32.
-
-    Returns:
-      [N] float32.
+      tokens: padded on the left.
+      valid: False on padding.
+      dtype: in which the layers compute; the score is float32.
     """
     tokens, valid = partition.batches((tokens, valid))
     streams = decoder.embed(params, config, tokens, valid, dtype=dtype)

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from sea_jax.types import AnyArray, Array
 
 if TYPE_CHECKING:
     from sea_jax.models.config import ModelConfig
@@ -68,15 +70,15 @@ class Proportional:
 RopeScaling = Linear | Dynamic | Yarn | LongRope | Llama3 | Proportional
 
 
-def inverse_frequencies(config: "ModelConfig", lengths: jax.Array | np.ndarray) -> jax.Array:
-    """Inverse frequencies of the rotation, as transformers' ROPE_INIT_FUNCTIONS define them.
+def inverse_frequencies(config: "ModelConfig", lengths: Int[AnyArray, " B"]) -> Float32[Array, "_B r"]:
+    """Inverse frequencies of the rotation, as transformers' ROPE_INIT_FUNCTIONS define them, in radians per position.
 
     Args:
-      config: the decoder's configuration.
-      lengths: [B] int, tokens in each whole sequence; only Dynamic and LongRope read them.
+      config: the decoder's.
+      lengths: tokens in each whole sequence; only Dynamic and LongRope read them.
 
     Returns:
-      float32 [B, r] radians per position for Dynamic and LongRope, [1, r] otherwise; 2 r features are rotated.
+      [B, r] for Dynamic and LongRope, [1, r] otherwise; 2 r features are rotated.
     """
     scaling = config.rope_scaling
     # float32 throughout, because transformers computes these in float32 and long positions magnify a last bit.
@@ -109,7 +111,7 @@ def inverse_frequencies(config: "ModelConfig", lengths: jax.Array | np.ndarray) 
             return jnp.asarray(frequencies)[None]
 
 
-def _yarn(scaling: Yarn, theta: float, dim: int, plain: np.ndarray) -> np.ndarray:
+def _yarn(scaling: Yarn, theta: float, dim: int, plain: Float32[np.ndarray, " r"]) -> Float32[np.ndarray, " r"]:
     """NTK-by-parts frequencies (https://arxiv.org/abs/2309.00071, eq. 17-19): a ramp from kept to interpolated."""
 
     def dimension(rotations: float) -> float:
@@ -125,7 +127,7 @@ def _yarn(scaling: Yarn, theta: float, dim: int, plain: np.ndarray) -> np.ndarra
     return plain / np.float32(scaling.factor) * interpolated + plain * (1 - interpolated)
 
 
-def _llama3(scaling: Llama3, plain: np.ndarray) -> np.ndarray:
+def _llama3(scaling: Llama3, plain: Float32[np.ndarray, " r"]) -> Float32[np.ndarray, " r"]:
     """Llama 3.1 frequencies: by wavelength, kept, divided by the factor, or between the two."""
     low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
     wavelengths = 2 * math.pi / plain
@@ -138,17 +140,14 @@ def _llama3(scaling: Llama3, plain: np.ndarray) -> np.ndarray:
 
 
 def rotations(
-    config: "ModelConfig", positions: jax.Array, lengths: jax.Array | np.ndarray
-) -> tuple[jax.Array, jax.Array]:
+    config: "ModelConfig", positions: Int[Array, " B *S"], lengths: Int[AnyArray, " B"]
+) -> tuple[Float32[Array, "B *S r"], Float32[Array, "B *S r"]]:
     """Cosines and sines by which queries and keys are rotated.
 
     Args:
-      config: the decoder's configuration.
-      positions: [B, ...] int, position of each token in its own sequence.
-      lengths: [B] int, tokens in each whole sequence.
-
-    Returns:
-      (cos, sin), each float32 [B, ..., r].
+      config: the decoder's.
+      positions: of each token in its own sequence.
+      lengths: tokens in each whole sequence.
     """
     frequencies = inverse_frequencies(config, lengths)
     frequencies = frequencies.reshape(len(frequencies), *(1,) * (positions.ndim - 1), -1)
@@ -158,16 +157,13 @@ def rotations(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first 2 r features of every head, feature i paired with feature i + r.
+def rotate(x: Float[Array, "*N h"], cos: Float32[Array, "... r"], sin: Float32[Array, "... r"]) -> Float[Array, "*N h"]:
+    """Rotates the first 2 r features of every head, feature i paired with feature i + r, and leaves the others as they are.
 
     Args:
-      x: [..., head_dim] queries or keys.
-      cos: float32 [..., r], broadcast against x.
-      sin: float32 [..., r], broadcast against x.
-
-    Returns:
-      The rotated x, of x's shape and dtype; features past 2 r are unchanged.
+      x: queries or keys, whose dtype the result has.
+      cos: broadcast against x.
+      sin: broadcast against x.
     """
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)

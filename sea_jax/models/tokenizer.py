@@ -38,10 +38,10 @@ class Tokenizer:
             unless the text already begins with a BOS.
           max_length: tokens, those around the text included; the end of a longer text is cut. None: nothing is.
         """
-        begun = self.backend.bos_token is not None and text.startswith(self.backend.bos_token)
+        has_bos = self.backend.bos_token is not None and text.startswith(self.backend.bos_token)
         encoding = self.backend(
             text,
-            add_special_tokens=add_special and not begun,
+            add_special_tokens=add_special and not has_bos,
             truncation=max_length is not None,
             max_length=max_length,
             padding=False,
@@ -50,12 +50,7 @@ class Tokenizer:
         return encoding["input_ids"]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of token ids.
-
-        Args:
-          token_ids: any length.
-          skip_special: leave special tokens out.
-        """
+        """Returns the text of token ids, with or without special tokens."""
         plain_ids = [int(token_id) for token_id in token_ids]
         return cast(
             str,
@@ -120,11 +115,7 @@ def load(directory: Path) -> Tokenizer:
 
 
 def check(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a tokenizer that can produce ids that the model does not know.
-
-    Args:
-      tokenizer: the tokenizer.
-      vocab_size: rows of the model's embedding.
+    """Refuses a tokenizer that can produce ids that the model, whose embedding has `vocab_size` rows, does not know.
 
     Raises:
       ValueError: the tokenizer has more ids than the model.

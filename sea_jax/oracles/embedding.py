@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int32
 
 from sea_jax.data import batching
 from sea_jax.models import encoder, tokenizer
@@ -16,14 +17,11 @@ ENCODER_BUCKET = 32  # tokens; texts are padded to a multiple of it
 ENCODER_BATCH = 16  # texts encoded at a time, sorted by length so that short ones pay for short ones
 
 
-def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
+def embed_texts(source: str) -> Callable[[Sequence[str]], Float32[np.ndarray, "N d"]]:
     """Returns a function from texts to unit sentence embeddings: masked mean of an encoder's last hidden states.
 
     Args:
-      source: the encoder, anything that `hf.load` takes.
-
-    Returns:
-      A function of N texts to [N, d] float32; texts beyond the encoder's positions are cut.
+      source: the encoder, anything that `hf.load` takes; texts beyond its positions are cut.
 
     Raises:
       ValueError: the source is not an encoder.
@@ -31,19 +29,19 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
     loaded = hf.load(source)
     if not isinstance(loaded.config, EncoderConfig):
         raise ValueError(f"expected a BERT encoder, found a {loaded.config.family}")
-    config, words = loaded.config, tokenizer.load(loaded.directory)
-    params, most = jax.device_put(loaded.params), config.max_positions
+    config, own_tokenizer = loaded.config, tokenizer.load(loaded.directory)
+    params, max_tokens = jax.device_put(loaded.params), config.max_positions
 
     @jax.jit
-    def embed(tokens: Array, valid: Array) -> Array:
+    def embed(tokens: Int32[Array, "b S"], valid: Bool[Array, "b S"]) -> Float32[Array, "b d"]:
         pooled = encoder.mean_pool(encoder.apply(params, config, tokens, valid, dtype="float32"), valid)
         return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 
-    def apply(texts: Sequence[str]) -> np.ndarray:
-        ids = [words.encode(text, max_length=most) for text in texts]
+    def apply(texts: Sequence[str]) -> Float32[np.ndarray, "N d"]:
+        ids = [own_tokenizer.encode(text, max_length=max_tokens) for text in texts]
         result = np.zeros((len(ids), config.d_model), np.float32)
         for rows, tokens, valid in batching.by_length(
-            ids, batch_size=ENCODER_BATCH, bucket=ENCODER_BUCKET, pad_id=words.pad_id, longest=most
+            ids, batch_size=ENCODER_BATCH, bucket=ENCODER_BUCKET, pad_id=own_tokenizer.pad_id, longest=max_tokens
         ):
             valid[:, 0] = True  # rows that hold no text still divide by one token
             result[rows] = np.asarray(embed(tokens, valid))[: len(rows)]
@@ -53,18 +51,15 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def embedding_similarity(source: str) -> Reward:
-    """A reward nobody trained: cosine of the embeddings of prompt and response.
+    """A reward nobody trained: cosine, in [-1, 1], of the embeddings of prompt and response.
 
     Args:
       source: the encoder, anything that `hf.load` takes.
-
-    Returns:
-      A function of N prompts and N responses to [N] float64 in [-1, 1].
     """
     embed = embed_texts(source)
     seen: dict[str, np.ndarray] = {}  # prompts come again in every candidate and evaluation
 
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in seen]
         vectors = embed([*new, *responses])
         seen.update(zip(new, vectors, strict=False))

@@ -7,22 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float64, Int, Key
 from scipy.special import expit
 
 from sea_jax.types import Array, Judgement, Oracle, Preference, Reward
 
-Labels = Callable[[np.ndarray, Array], np.ndarray]  # P(first wins) [N], keys [N] -> label [N]
+Keys = Key[Array, " N"]  # one for each duel, so that its noise does not depend on its neighbours
+Labels = Callable[[Float64[np.ndarray, " N"], Keys], Float64[np.ndarray, " N"]]  # P(first wins), keys -> labels
 
 
 def by_reward(reward: Reward, scale: float) -> Preference:
     """Bradley-Terry preference of a scalar reward: P(first wins) = sigmoid(scale (r(first) - r(second))), Eq. 3.
 
     Args:
-      reward: N prompts and responses -> [N].
+      reward: of prompts and responses.
       scale: inverse temperature.
-
-    Returns:
-      Preference.
     """
 
     def preference(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
@@ -34,43 +33,19 @@ def by_reward(reward: Reward, scale: float) -> Preference:
     return preference
 
 
-def deterministic(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Labels with the preferred response; exact ties stay one half.
-
-    Args:
-      probability: [N], that the first wins.
-      keys: not used.
-
-    Returns:
-      [N] float64 in {0, 0.5, 1}.
-    """
+def deterministic(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Labels with the preferred response, 0 or 1; exact ties stay one half."""
     return (np.sign(probability - 0.5) + 1) / 2
 
 
-def bradley_terry(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Draws z ~ Ber(P(first wins)).
-
-    Args:
-      probability: [N], that the first wins.
-      keys: [N] random keys, one per duel, so that a duel's noise does not depend on its neighbours.
-
-    Returns:
-      [N] float64 in {0, 1}.
-    """
+def bradley_terry(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Draws z ~ Ber(P(first wins)), 0 or 1."""
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys))
     return (uniform < probability).astype(np.float64)
 
 
-def soft(probability: np.ndarray, keys: Array) -> np.ndarray:
-    """Hands the probability itself on as the label.
-
-    Args:
-      probability: [N], that the first wins.
-      keys: not used.
-
-    Returns:
-      [N] float64 in [0, 1].
-    """
+def soft(probability: Float64[np.ndarray, " N"], keys: Keys) -> Float64[np.ndarray, " N"]:
+    """Hands the probability itself on as the label."""
     return probability
 
 
@@ -80,8 +55,8 @@ LABELS: Mapping[str, Labels] = {"deterministic": deterministic, "bradley_terry":
 ORDER = 0x6F726465  # folded into an ask's key, apart from what its noise is drawn from
 
 
-def drawn_order(keys: Array) -> np.ndarray:
-    """Draws which pairs are shown the other way round, from the keys of their asks: [N] bool."""
+def drawn_order(keys: Keys) -> Bool[np.ndarray, " N"]:
+    """Draws which pairs are shown the other way round, from the keys of their asks."""
     return np.asarray(jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, ORDER)))(keys))
 
 
@@ -90,9 +65,9 @@ def answers(
     prompts: Sequence[str],
     first: Sequence[str],
     second: Sequence[str],
-    swapped: np.ndarray,
+    swapped: Bool[np.ndarray, " N"],
     **names: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
     """Yields what a preference says, which may be anybody's code, as its answers come.
 
     Args:
@@ -100,11 +75,11 @@ def answers(
       prompts: N.
       first: N responses.
       second: N responses.
-      swapped: [N] bool, pairs that are shown the other way round unless the preference is pointwise.
+      swapped: pairs that are shown the other way round unless the preference is pointwise.
       names: handed on to the preference.
 
     Yields:
-      rows [n] and P(first wins) [n] float64 of those that are answered, turned back.
+      Rows and P(first wins) of those that are answered, turned back.
 
     Raises:
       ValueError: it answers with another number of values, a row that it was not asked about or has answered before, or
@@ -130,7 +105,7 @@ def answers(
             yield rows, np.where(swapped[rows], 1 - probability, probability)
 
 
-def _chunks(said: Any, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _chunks(said: Any, count: int) -> Iterator[tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
     """Rows and probabilities, NaN where there is no answer, of whatever form a preference answers in."""
     if isinstance(said, Iterator):
         for row, probability in said:
@@ -146,11 +121,12 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
     """Makes an oracle of a preference and a way to label.
 
     Args:
-      preference: Preference; if it has a parameter `keys`, it is given the names of the asks there.
+      preference: if it has a parameter `keys`, it is given the names of the asks there.
       labels: one of LABELS.
 
     Raises:
-      ValueError: the preference's `keys` has no default; or (by the oracle) an answer cannot be used, see `answers`.
+      ValueError: the preference's `keys` has no default; or (by the oracle) the preference returns a wrong number of
+        values, or one outside [0, 1].
     """
     wants_keys = _wants_keys(preference)
 
@@ -158,8 +134,8 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
         prompts: Sequence[str],
         first: Sequence[str],
         second: Sequence[str],
-        swapped: np.ndarray,
-        keys: Array,
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
         asks: Sequence[str],
     ) -> Iterator[Judgement]:
         names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
@@ -186,20 +162,15 @@ def _wants_keys(preference: Preference) -> bool:
 def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
     """Wraps any oracle so that each label is exchanged (z -> 1 - z) with a given probability (SEA paper, App. G.4).
 
-    Args:
-      oracle: Oracle.
-      flip_probability: in [0, 1].
-
-    Returns:
-      Oracle whose probabilities are the noise-free ones and whose labels are noisy.
+    The probabilities stay the noise-free ones; the labels are noisy.
     """
 
     def noisy(
         prompts: Sequence[str],
         first: Sequence[str],
         second: Sequence[str],
-        swapped: np.ndarray,
-        keys: Array,
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
         asks: Sequence[str],
     ) -> Iterator[Judgement]:
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)

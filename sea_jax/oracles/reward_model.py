@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float64, Real
 
 from sea_jax.data import batching
 from sea_jax.models import decoder, partition, tokenizer
@@ -20,8 +21,8 @@ from sea_jax.types import Reward
 REWARD_BUCKET = 64  # tokens; texts of a reward model are padded to a multiple of it
 
 
-def conversation_encoder(directory: Path, words: Tokenizer, max_tokens: int) -> Callable[[str, str], list[int]]:
-    """Returns how a prompt and its response become what a reward model reads.
+def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> Callable[[str, str], list[int]]:
+    """Returns how a prompt and its response become the token ids that a reward model reads.
 
     They become the turns of user and assistant in its tokenizer's chat template; without a template, one text with a
     space between them, unless there is one, and the EOS behind it (TL;DR models). It ends with the last token that is
@@ -29,18 +30,15 @@ def conversation_encoder(directory: Path, words: Tokenizer, max_tokens: int) -> 
 
     Args:
       directory: holds the reward model's config.json.
-      words: its tokenizer.
+      tokenizer: its own.
       max_tokens: of prompt and response together; the beginning of a longer prompt is cut. A response that alone is
         longer stays whole.
-
-    Returns:
-      A function of prompt and response to token ids.
     """
     padding = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
 
     def encode(prompt: str, response: str) -> list[int]:
         def without(dropped: int) -> list[int]:
-            return _conversation(words, prompt[dropped:], response)
+            return _conversation(tokenizer, prompt[dropped:], response)
 
         ids = without(0)
         if len(ids) > max_tokens:
@@ -61,23 +59,20 @@ def reward_model_scores(source: str, *, dtype: str, batch_size: int, max_tokens:
       batch_size: texts scored at a time, sorted by length.
       max_tokens: of prompt and response together, see `conversation_encoder`.
 
-    Returns:
-      A function of N prompts and N responses to [N] float64.
-
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source)
-    config, words = _read(directory)
+    config, own_tokenizer = _read(directory)
     params = partition.put(hf.load(directory).params, decoder.abstract(config), dtype)
-    encode = conversation_encoder(directory, words, max_tokens)
+    encode = conversation_encoder(directory, own_tokenizer, max_tokens)
     score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
 
-    def apply(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         result = np.zeros(len(ids), np.float64)
         for rows, tokens, valid in batching.by_length(
-            ids, batch_size=batch_size, bucket=REWARD_BUCKET, pad_id=words.pad_id, left=True
+            ids, batch_size=batch_size, bucket=REWARD_BUCKET, pad_id=own_tokenizer.pad_id, left=True
         ):
             result[rows] = np.asarray(score(params, tokens=tokens, valid=valid))[: len(rows)]
         return result
@@ -85,25 +80,22 @@ def reward_model_scores(source: str, *, dtype: str, batch_size: int, max_tokens:
     return apply
 
 
-def remote_reward(score: Callable[[list[list[int]]], np.ndarray], source: str, max_tokens: int) -> Reward:
+def remote_reward(score: Callable[[list[list[int]]], Real[np.ndarray, " N"]], source: str, max_tokens: int) -> Reward:
     """The scores of a reward model that somebody else runs; what it reads is encoded here.
 
     Args:
-      score: token ids of N conversations, without padding -> [N] scores.
+      score: of N conversations, as token ids without padding.
       source: the reward model's config.json and tokenizer, found as `hf.load` does; its weights are not needed.
       max_tokens: of prompt and response together, see `conversation_encoder`.
-
-    Returns:
-      A function of N prompts and N responses to [N] float64.
 
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source, weights=False)
-    _, words = _read(directory)
-    encode = conversation_encoder(directory, words, max_tokens)
+    _, own_tokenizer = _read(directory)
+    encode = conversation_encoder(directory, own_tokenizer, max_tokens)
 
-    def apply(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         scores = np.asarray(score(ids), np.float64)
         if scores.shape != (len(ids),) or not np.isfinite(scores).all():
@@ -115,17 +107,17 @@ def remote_reward(score: Callable[[list[list[int]]], np.ndarray], source: str, m
 
 def _read(directory: Path) -> tuple[ModelConfig, Tokenizer]:
     """Reads what a reward model is, and its tokenizer, which must fit it."""
-    config, words = reward_models.check(hf.read_config(directory)), tokenizer.load(directory)
-    tokenizer.check(words, config.vocab_size)
-    return config, words
+    config, own_tokenizer = reward_models.check(hf.read_config(directory)), tokenizer.load(directory)
+    tokenizer.check(own_tokenizer, config.vocab_size)
+    return config, own_tokenizer
 
 
-def _conversation(words: Tokenizer, prompt: str, response: str) -> list[int]:
+def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
     """The token ids of a prompt and its response as a reward model reads them."""
-    if words.backend.chat_template:
+    if tokenizer.backend.chat_template:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         # The template writes the BOS.
-        return words.encode(words.chat(turns, generation_prompt=False), add_special=False)
+        return tokenizer.encode(tokenizer.chat(turns, generation_prompt=False), add_special=False)
     apart = prompt[-1:].isspace() or response[:1].isspace()
-    ids = words.encode(f"{prompt}{'' if apart else ' '}{response}")
-    return ids if ids[-1:] == [words.eos_id] else [*ids, words.eos_id]
+    ids = tokenizer.encode(f"{prompt}{'' if apart else ' '}{response}")
+    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]

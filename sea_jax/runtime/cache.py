@@ -15,14 +15,7 @@ PREFIX = "cache:"
 
 
 def resolve(name: str) -> Path:
-    """Returns the directory that a config field names.
-
-    Args:
-      name: a path, or cache:NAME for a directory inside the cache.
-
-    Returns:
-      The path; it need not exist.
-    """
+    """Returns the directory, which need not exist, that a config field names: a path, or cache:NAME inside the cache."""
     return cache_dir() / name.removeprefix(PREFIX) if name.startswith(PREFIX) else Path(name).expanduser()
 
 

@@ -45,9 +45,6 @@ def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
       directory: made if there is none; what a killed run left half-written in it is removed.
       keep: newest checkpoints kept.
 
-    Yields:
-      An Orbax checkpointer.
-
     Raises:
       OSError: the last save failed.
     """
@@ -80,14 +77,7 @@ def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
 
 
 def abstract(state: Any) -> Any:
-    """Returns what a state looks like, without its values.
-
-    Args:
-      state: a pytree of arrays and Python numbers.
-
-    Returns:
-      The same tree with a jax.ShapeDtypeStruct, shardings included, for each array.
-    """
+    """Returns a state of arrays and Python numbers with a jax.ShapeDtypeStruct, shardings included, for each array."""
 
     def describe(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
@@ -134,14 +124,7 @@ def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
 
 
 def steps(directory: Path) -> list[int]:
-    """Returns the steps whose checkpoints a directory holds; nothing in it is touched.
-
-    Args:
-      directory: need not exist.
-
-    Returns:
-      Steps, ascending.
-    """
+    """Returns the steps, ascending, of the checkpoints in a directory, which need not exist; nothing in it is touched."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 

@@ -61,14 +61,7 @@ def prepare_devices() -> None:
 
 
 def parse(arguments: Sequence[str]) -> Sequence[str]:
-    """Parses the flags; a config file or field that is not there becomes one message.
-
-    Args:
-      arguments: the command line.
-
-    Returns:
-      What is not a flag.
-    """
+    """Parses the flags and returns what is none; a config file or field that is not there becomes one message."""
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:

@@ -9,11 +9,7 @@ from absl import logging
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its place, and puts it there when it is on disk (fsync).
-
-    Args:
-      path: the file; an older one is replaced.
-      content: what it will hold; a text in UTF-8.
+    """Writes a file, a text in UTF-8, beside its place, and puts it there, over an older one, when it is on disk (fsync).
 
     Raises:
       OSError: the disk is full or gone; what stood at the path stands there still.
@@ -27,13 +23,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that a killed run left torn is left out with a warning.
-
-    Args:
-      path: the file, one JSON object a line.
-
-    Returns:
-      The objects in the order of the file.
+    """The objects of a JSON Lines file, in its order; a last line that a killed run left torn is left out with a warning.
 
     Raises:
       FileNotFoundError: there is no such file.

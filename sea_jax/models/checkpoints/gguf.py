@@ -35,8 +35,8 @@ def tensors(path: Path, config: ModelConfig) -> dict[str, Stored]:
     """Lists the tensors of a GGUF file of the architecture llama; reading one dequantises it to float32.
 
     Args:
-      path: the file.
-      config: the model's configuration, from the config.json beside the file.
+      path: of the file.
+      config: the model's, from the config.json beside the file.
 
     Returns:
       Hugging Face tensor name -> Stored; a tensor without a counterpart keeps its own name.
@@ -95,9 +95,9 @@ def _check_metadata(path: Path, fields: Mapping[str, Any], config: ModelConfig) 
 
 def _check_frequencies(path: Path, divisors: np.ndarray, config: ModelConfig) -> None:
     """The divisors of the plain rotary frequencies, as llama.cpp stores them, must give those of the configuration."""
-    one = np.ones(1, np.int32)
-    plain = np.asarray(rope.inverse_frequencies(replace(config, rope_scaling=None), one))[0]
-    scaled = np.asarray(rope.inverse_frequencies(config, one))[0]
+    any_length = np.ones(1, np.int32)
+    plain = np.asarray(rope.inverse_frequencies(replace(config, rope_scaling=None), any_length))[0]
+    scaled = np.asarray(rope.inverse_frequencies(config, any_length))[0]
     if divisors.shape != scaled.shape or not np.allclose(divisors * scaled, plain, rtol=1e-4, atol=0):
         raise ValueError(
             f"tensor 'rope_freqs.weight' in {path} divides the {len(divisors)} rotary frequencies by "

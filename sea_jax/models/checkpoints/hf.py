@@ -20,7 +20,7 @@ from sea_jax.models.checkpoints import config_json as configs
 from sea_jax.models.checkpoints import gguf, layouts, safetensors
 from sea_jax.models.checkpoints.safetensors import Stored
 from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
-from sea_jax.models.parameters import Params
+from sea_jax.types import Params
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -43,7 +43,7 @@ class Loaded:
 
     Attributes:
       config: its configuration.
-      params: its parameters as float32 numpy arrays, see `abstract`.
+      params: float32 numpy arrays, see `abstract`.
       directory: where its files lie, those of its tokenizer too.
     """
 
@@ -53,14 +53,11 @@ class Loaded:
 
 
 def abstract(config: Config, cuts: Sequence[int] = ()) -> Params:
-    """The parameter tree of any model with a ParamSpec for every leaf.
+    """The parameter tree of any model with a ParamSpec for every leaf, as the `abstract` of its kind's module has it.
 
     Args:
-      config: the model's configuration.
+      config: the model's.
       cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
-
-    Returns:
-      What `abstract` of the module for this kind of model returns.
     """
     match config:
         case ModelConfig():
@@ -72,15 +69,12 @@ def abstract(config: Config, cuts: Sequence[int] = ()) -> Params:
 
 
 def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
-    """Loads a model, strictly: every tensor must have a place, and every parameter a tensor of its shape.
+    """Loads a model in float32, strictly: every tensor must have a place, and every parameter a tensor of its shape.
 
     Args:
       source: a directory with config.json and *.safetensors (shards with their index too) or one *.gguf; or the name
         of a repository on the Hugging Face hub; or builtin:NAME, see `builtin.directory`.
       cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
-
-    Returns:
-      The model, its parameters in float32.
 
     Raises:
       FileNotFoundError: a directory, config.json, weights or a shard that is not there, or a hub that does not have
@@ -98,13 +92,7 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
 
 
 def read_config(source: str | Path) -> Config:
-    """Reads the configuration of a model, without its weights.
-
-    Args:
-      source: a directory, a hub name or builtin:NAME, as for `load`.
-
-    Returns:
-      The configuration that `load` would return.
+    """Reads the configuration of a model, without its weights, from a source as for `load`.
 
     Raises:
       FileNotFoundError: a directory or config.json that is not there, or a hub that cannot give it.
@@ -161,8 +149,8 @@ def save(
 
     Args:
       directory: where to; must not exist yet, or be empty.
-      config: the model's configuration.
-      params: the model's parameters, their layers divided in any way.
+      config: the model's.
+      params: the model's, their layers divided in any way.
       tokenizer_files_from: a model's directory whose tokenizer files, generation_config.json and ids of the
         beginning, end and padding tokens are taken over, or None.
 
@@ -322,16 +310,13 @@ def _check_tied(name: str, given: Mapping[str, Stored], expected: Mapping[str, t
 def to_tensors(
     config: Config, params: Params, dtype: Any = np.float32, *, last_part: bool = False
 ) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint.
+    """The tensors of a checkpoint by their Hugging Face names; those that hold what the parameters lack are left out.
 
     Args:
-      config: the model's configuration.
-      params: the model's parameters as arrays of the host, their layers divided in any way.
+      config: the model's.
+      params: arrays of the host, their layers divided in any way.
       dtype: of the tensors.
       last_part: the parameters may lack others: their layers are the model's last.
-
-    Returns:
-      Tensors by the names of Hugging Face checkpoints; those that hold what the parameters lack are left out.
 
     Raises:
       ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.

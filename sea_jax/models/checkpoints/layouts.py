@@ -181,26 +181,14 @@ FAMILIES: Mapping[str, Names] = {
 
 
 def canonical(family: str, tensor: str) -> str:
-    """The one spelling of a tensor's name that the family's layouts use.
-
-    Args:
-      family: a key of FAMILIES.
-      tensor: the tensor's name in a checkpoint.
-
-    Returns:
-      The name in the layouts' spelling, unchanged where there is no other.
-    """
+    """The one spelling of a tensor's name that a family's layouts use, unchanged where there is no other."""
     for pattern, replacement in FAMILIES[family].spellings:
         tensor = re.sub(pattern, replacement, tensor)
     return tensor
 
 
 def layout(family: str, num_layers: int) -> dict[str, tuple[tuple[int | None, str], ...]]:
-    """Every tensor that a checkpoint of the family may hold, with the parameters in it.
-
-    Args:
-      family: a key of FAMILIES.
-      num_layers: layers in the model.
+    """Every tensor that a checkpoint of a family, a key of FAMILIES, may hold, with the parameters in it.
 
     Returns:
       Tensor name -> (layer number, or None outside the layers; path of the parameter) for each parameter it holds.

@@ -13,13 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file.
-
-    Attributes:
-      path: the file.
-      shape: the tensor's shape.
-      read: reads it as an array of floats; a ValueError names a dtype that is not supported.
-    """
+    """A tensor in a file; `read` returns floats, or raises a ValueError that names a dtype that is not supported."""
 
     path: Path
     shape: tuple[int, ...]
@@ -32,10 +26,7 @@ def safetensors(directory: Path) -> dict[str, Stored]:
     The single file comes before the index, as for transformers; where both are there, a warning names them.
 
     Args:
-      directory: holds one or more *.safetensors and, where they are shards, model.safetensors.index.json.
-
-    Returns:
-      Tensor name -> Stored; empty where there is no such file.
+      directory: holds one or more *.safetensors and, where they are shards, model.safetensors.index.json; or neither.
 
     Raises:
       FileNotFoundError: the index names a file that is not there.

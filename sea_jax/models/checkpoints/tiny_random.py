@@ -73,13 +73,13 @@ CONFIGS = {
 
 
 def write(directory: Path, name: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> None:
-    """Writes config.json, tokenizer.json, tokenizer_config.json and model.safetensors.
+    """Writes config.json, tokenizer.json, tokenizer_config.json and model.safetensors into a new directory.
 
     Args:
-      directory: where to; must not exist yet.
+      directory: must not exist yet.
       name: one of CONFIGS.
       seed: of the weights.
-      changes: fields of config.json that differ from CONFIGS; None: none.
+      changes: fields of config.json that differ from CONFIGS.
     """
     ranks_pairs = CONFIGS[name]["model_type"] == "deberta-v2"
     tokens = (*SPECIAL, *PREFIXES) if ranks_pairs else SPECIAL

@@ -200,14 +200,15 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     from sea_jax.models import tokenizer
 
     directory = builtin.directory("smollm2-135m-instruct")
-    loaded, words = hf.load(directory), tokenizer.load(directory)
+    loaded, own_tokenizer = hf.load(directory), tokenizer.load(directory)
     assert isinstance(loaded.config, ModelConfig)
-    tokens = words.encode("The capital of France is")
+    params = jax.device_put(loaded.params)
+    tokens = own_tokenizer.encode("The capital of France is")
     for _ in range(4):
         given = jnp.array([tokens]), jnp.ones((1, len(tokens)), bool)
-        streams = decoder.embed(loaded.params, loaded.config, *given, dtype=jnp.float32)
-        for stack in loaded.params["stacks"]:
+        streams = decoder.embed(params, loaded.config, *given, dtype=jnp.float32)
+        for stack in params["stacks"]:
             streams, _ = decoder.run_stack(stack, loaded.config, streams)
-        last = decoder.final(loaded.params, loaded.config, streams.prompt[0, -1])
-        tokens.append(int(jnp.argmax(decoder.unembedding(loaded.params) @ last)))
-    assert words.decode(tokens).startswith("The capital of France is Paris.")
+        last = decoder.final(params, loaded.config, streams.prompt[0, -1])
+        tokens.append(int(jnp.argmax(decoder.unembedding(params) @ last)))
+    assert own_tokenizer.decode(tokens).startswith("The capital of France is Paris.")

@@ -1,0 +1,71 @@
+"""Checks the shapes and dtypes of the annotations in every call that a test makes; imported before any of sea_jax."""
+
+import functools
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import beartype
+import jaxtyping
+
+# Where arrays go in or come out; other modules of sea_jax are imported as they are.
+MODULES = (
+    "sea_jax.actors",
+    "sea_jax.data.batching",
+    "sea_jax.data.prompts",
+    "sea_jax.ensemble",
+    "sea_jax.features",
+    "sea_jax.learner",
+    "sea_jax.losses",
+    "sea_jax.models",
+    "sea_jax.oracles.embedding",
+    "sea_jax.oracles.preferences",
+    "sea_jax.oracles.reward_model",
+    "sea_jax.policy",
+    "sea_jax.policy_logprobs",
+    "sea_jax.replay",
+    "sea_jax.runtime.processes",
+    "sea_jax.sampling",
+    "sea_jax.types",
+)
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks the arrays among arguments and results; what else the annotations say is the static type checker's.
+
+    What JAX itself puts into a pytree is not looked at: it makes them of placeholders, and of arrays with axes before
+    those that the fields name (scan, tree.map).
+    """
+    function.__annotations__ = {
+        name: annotation if _names_arrays(annotation) else Any for name, annotation in function.__annotations__.items()
+    }
+    check = beartype.beartype(function)
+    if function.__name__ != "__init__":
+        return check
+
+    @functools.wraps(function)
+    def unless_by_jax(*arguments: Any, **named: Any) -> Any:
+        return None if _caller().startswith("jax.") else check(*arguments, **named)
+
+    return unless_by_jax
+
+
+def _names_arrays(annotation: Any) -> bool:
+    """Whether an annotation holds the shape of an array; what a function takes and returns shows when it is called."""
+    if typing.get_origin(annotation) is Callable:
+        return False
+    if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(map(_names_arrays, typing.get_args(annotation)))
+
+
+def _caller() -> str:
+    """The module that makes an object, behind the frames of those who check it."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("jaxtyping", "beartype"):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "")
+
+
+jaxtyping.install_import_hook(MODULES, f"{__name__}.checked")
