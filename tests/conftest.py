@@ -1,7 +1,9 @@
 """What several test files need."""
 
+import ctypes
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +63,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is not None and _file(item) != _file(nextitem):
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":  # else glibc keeps what was freed
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 CHAT_TEMPLATE = (
