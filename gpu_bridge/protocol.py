@@ -1,15 +1,17 @@
-"""Names, limits and JSON shapes of the messages between the learner and the servers; needs the standard library only.
+"""Names, limits and JSON shapes of the messages between the learner and the servers.
 
-Requests and answers are frozen dataclasses: `to_json(message)` writes one, `parse(kind, body)` reads and checks one.
+Messages are frozen dataclasses that are checked wherever one is made; `to_json` writes one, `parse` reads one.
 """
 
 import dataclasses
-import json
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import functools
+import inspect
+import reprlib
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic.dataclasses
+from pydantic import AfterValidator, ConfigDict, FailFast, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 HEALTH, GENERATE, WEIGHTS, SCORE = "/health", "/generate", "/weights", "/score"
 TOKEN_VARIABLE = "SEA_JAX_BRIDGE_TOKEN"
@@ -26,15 +28,105 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # vLLM rounds up to the one and re
 MAX_ID = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
-_VERSION = re.compile(r"[A-Za-z0-9_.:+-]{1,128}")
-_FILE_OR_URL = re.compile(r"[\x21-\x7e]{1,4096}")
+Message = TypeVar("Message")
 
 
 class ProtocolError(ValueError):
     """A message is not what it should be; the text names the field, what was found and what would do."""
 
 
-@dataclass(frozen=True)
+# ------------------------------------------------------------------------------------------------------ Types of the fields
+
+
+class Expect:
+    """Bounds a field's type, and says what would do whatever is wrong with a value."""
+
+    def __init__(self, what: str, **limits: Any) -> None:
+        self._what, self._limits = what, limits
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        limited: Any = {**handler(source), **self._limits}
+        return core_schema.custom_error_schema(limited, "expected", custom_error_message=self._what)
+
+
+def _integer(low: int, high: int) -> Expect:
+    return Expect(f"an integer from {low} to {high}", ge=low, le=high)
+
+
+def _one_of(*names: str) -> Expect:
+    return Expect(f"one of {', '.join(names)}", pattern=f"^({'|'.join(names)})$")
+
+
+def _sized(rows: list[list[int]]) -> list[list[int]]:
+    if not 0 < len(rows) <= MAX_ROWS:
+        raise ValueError(f"expected 1 to {MAX_ROWS} of them, found {len(rows)}")
+    for row in rows:
+        if not 0 < len(row) <= MAX_LENGTH:
+            raise ValueError(f"expected 1 to {MAX_LENGTH} ids in each, found {len(row)}")
+    return rows
+
+
+Ids = Annotated[list[Annotated[int, _integer(0, MAX_ID)]], FailFast()]
+Rows = Annotated[list[Ids], FailFast(), AfterValidator(_sized)]
+Seeds = Annotated[list[Annotated[int, _integer(0, MAX_SEED)]], FailFast()]
+Numbers = Annotated[list[Annotated[float, Expect("finite numbers", allow_inf_nan=False)]], FailFast()]
+Text = Annotated[str, Expect("a string")]
+Version = Annotated[str, Expect("1 to 128 letters, digits or any of _.:+-", pattern=r"^[A-Za-z0-9_.:+-]{1,128}$")]
+Temperature = Annotated[
+    Annotated[float, Expect("0", ge=0, le=0)]
+    | Annotated[float, Expect("more", ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)],
+    Expect(f"a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, or 0"),
+]
+File = Annotated[str, Expect("an absolute path without spaces", pattern=r"^/[\x21-\x7e]*$", max_length=4096)]
+Url = Annotated[
+    str, Expect("one that begins with http:// or https://", pattern=r"^https?://[\x21-\x7e]*$", max_length=4096)
+]
+Bearer = Annotated[str, Expect("printable characters, together with url", pattern=r"^[\x21-\x7e]+$", max_length=4096)]
+
+
+@dataclass_transform(frozen_default=True)
+def _message(fields: type[Message]) -> type[Message]:
+    """Makes a frozen dataclass that raises ProtocolError where a field is not what it should be."""
+    config = ConfigDict(strict=True, extra="forbid")
+    kind: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(fields)
+    unguarded, signature = kind.__init__, inspect.signature(kind)
+
+    @functools.wraps(unguarded)
+    def init(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            unguarded(self, **signature.bind(*values, **named).arguments)  # a fault has a field's name then
+        except ValidationError as error:
+            raise _first_fault(kind, error) from None
+
+    kind.__init__ = init
+    return kind
+
+
+def _first_fault(kind: Any, error: ValidationError) -> ProtocolError:
+    """Says in one line what pydantic has found first."""
+    fault = error.errors(include_url=False)[0]
+    names = [part for part in fault["loc"] if isinstance(part, str)]
+    field = f"{names[-1][:40]}: " if names else ""
+    match fault["type"]:
+        case "json_invalid":
+            return ProtocolError(f"expected JSON, found {fault['input'][:40]!r} ({fault['ctx']['error']})")
+        case "missing":
+            return ProtocolError(f"{field}the field is missing")
+        case "unexpected_keyword_argument":
+            known = (one.name for one in dataclasses.fields(Response if len(names) > 1 else kind))
+            return ProtocolError(f"{field}no such field; there are {', '.join(known)}")
+        case "value_error":
+            cause = fault["ctx"]["error"]
+            return cause if isinstance(cause, ProtocolError) else ProtocolError(f"{field}{cause}")
+    objects = {"list_type": "a list", "dataclass_type": "a JSON object", "dataclass_exact_type": "Response"}
+    what = objects.get(fault["type"], fault["msg"])
+    return ProtocolError(f"{field}expected {what}, found {reprlib.repr(fault['input'])}")
+
+
+# ------------------------------------------------------------------------------------------------------------- The messages
+
+
+@_message
 class GenerateRequest:
     """Asks for responses; POST /generate.
 
@@ -49,27 +141,18 @@ class GenerateRequest:
       eos_ids: tokens that end a response; they stay in it. No other token ends one.
     """
 
-    prompts: list[list[int]]
-    num_samples: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seeds: list[int]
-    eos_ids: list[int]
+    prompts: Rows
+    num_samples: Annotated[int, _integer(1, MAX_SAMPLES)]
+    max_new_tokens: Annotated[int, _integer(1, MAX_LENGTH)]
+    temperature: Temperature
+    top_k: Annotated[int, _integer(0, MAX_ID)]
+    top_p: Annotated[float, Expect("a number from 0 to 1", ge=0, le=1)]
+    seeds: Seeds
+    eos_ids: Ids
 
     def __post_init__(self) -> None:
-        _rows("prompts", self.prompts)
-        _integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
-        _integer("max_new_tokens", self.max_new_tokens, 1, MAX_LENGTH)
-        if type(self.temperature) is bool or self.temperature != 0:
-            _number("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
-        _integer("top_k", self.top_k, 0, MAX_ID)
-        _number("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
             raise ProtocolError("top_p: expected a number above 0, found 0")
-        _integers("seeds", self.seeds, 0, MAX_SEED)
-        _integers("eos_ids", self.eos_ids, 0, MAX_ID)
         if len(self.seeds) != len(self.prompts):
             raise ProtocolError(f"seeds: expected one per prompt, {len(self.prompts)}, found {len(self.seeds)}")
         tokens = len(self.prompts) * self.num_samples * self.max_new_tokens
@@ -79,7 +162,7 @@ class GenerateRequest:
             )
 
 
-@dataclass(frozen=True)
+@_message
 class Response:
     """One response.
 
@@ -88,12 +171,10 @@ class Response:
       logprobs: of each token at temperature 1, unrestricted.
     """
 
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: Ids
+    logprobs: Numbers
 
     def __post_init__(self) -> None:
-        _integers("tokens", self.tokens, 0, MAX_ID)
-        _numbers("logprobs", self.logprobs)
         if not 0 < len(self.tokens) == len(self.logprobs):
             raise ProtocolError(
                 f"tokens, logprobs: expected as many of both, one or more, found {len(self.tokens)} and "
@@ -101,7 +182,7 @@ class Response:
             )
 
 
-@dataclass(frozen=True)
+@_message
 class GenerateAnswer:
     """The responses.
 
@@ -110,25 +191,11 @@ class GenerateAnswer:
       responses: M for each prompt.
     """
 
-    version: str
-    responses: list[list[Response]]
-
-    def __post_init__(self) -> None:
-        _version("version", self.version)
-        for row in _list("responses", self.responses):
-            for response in _list("responses", row):
-                if not isinstance(response, Response):
-                    raise ProtocolError(f"responses: expected Response, found {_found(response)}")
+    version: Version
+    responses: Annotated[list[Annotated[list[Response], FailFast()]], FailFast()]
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuses an answer to another request.
-
-        Args:
-          request: what was asked for.
-
-        Raises:
-          ProtocolError: the number of prompts, of samples, a response's length or its end is not what was asked for.
-        """
+        """Raises ProtocolError if the number of prompts, of samples, a response's length or its end is not as asked for."""
         if len(self.responses) != len(request.prompts):
             raise ProtocolError(
                 f"responses: expected those to {len(request.prompts)} prompts, found {len(self.responses)}"
@@ -147,7 +214,7 @@ class GenerateAnswer:
                     )
 
 
-@dataclass(frozen=True)
+@_message
 class WeightsRequest:
     """Gives a policy server other weights; POST /weights.
 
@@ -159,43 +226,29 @@ class WeightsRequest:
       base: the version that the file's tensors change; None: the file has all tensors.
     """
 
-    version: str
-    path: str | None = None
-    url: str | None = None
-    bearer: str | None = None
-    base: str | None = None
+    version: Version
+    path: File | None = None
+    url: Url | None = None
+    bearer: Bearer | None = None
+    base: Version | None = None
 
     def __post_init__(self) -> None:
-        _version("version", self.version)
         if (self.path is None) == (self.url is None):
             raise ProtocolError("path, url: expected one of them")
-        if self.path is not None and not (_printable(self.path) and self.path.startswith("/")):
-            raise ProtocolError(f"path: expected an absolute path without spaces, found {_found(self.path)}")
-        if self.url is not None and not (_printable(self.url) and self.url.startswith(("http://", "https://"))):
-            raise ProtocolError(f"url: expected one that begins with http:// or https://, found {_found(self.url)}")
-        if self.bearer is not None and (self.url is None or not _printable(self.bearer)):
+        if self.bearer is not None and self.url is None:
             raise ProtocolError("bearer: expected printable characters, together with url")
-        if self.base is not None:
-            _version("base", self.base)
         if self.version == INITIAL:
             raise ProtocolError(f"version: expected another name than {INITIAL!r}, which a fresh server's weights have")
 
 
-@dataclass(frozen=True)
+@_message
 class WeightsAnswer:
-    """The weights that are served from now on.
+    """The version of the weights that are served from now on."""
 
-    Attributes:
-      version: their name.
-    """
-
-    version: str
-
-    def __post_init__(self) -> None:
-        _version("version", self.version)
+    version: Version
 
 
-@dataclass(frozen=True)
+@_message
 class ScoreRequest:
     """Asks for scores; POST /score.
 
@@ -203,13 +256,10 @@ class ScoreRequest:
       inputs: token ids of each conversation as the reward model wants it, without padding.
     """
 
-    inputs: list[list[int]]
-
-    def __post_init__(self) -> None:
-        _rows("inputs", self.inputs)
+    inputs: Rows
 
 
-@dataclass(frozen=True)
+@_message
 class ScoreAnswer:
     """The scores.
 
@@ -218,27 +268,16 @@ class ScoreAnswer:
       scores: one per input, as the head gives it.
     """
 
-    version: str
-    scores: list[float]
-
-    def __post_init__(self) -> None:
-        _version("version", self.version)
-        _numbers("scores", self.scores)
+    version: Version
+    scores: Numbers
 
     def check(self, request: ScoreRequest) -> None:
-        """Refuses an answer to another request.
-
-        Args:
-          request: what was asked for.
-
-        Raises:
-          ProtocolError: there is not one score per input.
-        """
+        """Raises ProtocolError if there is not one score per input."""
         if len(self.scores) != len(request.inputs):
             raise ProtocolError(f"scores: expected {len(request.inputs)}, found {len(self.scores)}")
 
 
-@dataclass(frozen=True)
+@_message
 class Health:
     """How a server is; GET /health, with status code 200 when ready and 503 otherwise.
 
@@ -251,27 +290,15 @@ class Health:
       error: why the server is not ready; None when it is.
     """
 
-    status: str
-    kind: str
-    model: str
-    version: str
-    started: str
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("status", self.status, (STARTING, READY, FAILED)),
-            ("kind", self.kind, (POLICY, ORACLE)),
-        ):
-            if value not in allowed:
-                raise ProtocolError(f"{name}: expected one of {', '.join(allowed)}, found {_found(value)}")
-        for name in ("model", "started"):
-            if not isinstance(getattr(self, name), str):
-                raise ProtocolError(f"{name}: expected a string, found {_found(getattr(self, name))}")
-        _version("version", self.version)
+    status: Annotated[str, _one_of(STARTING, READY, FAILED)]
+    kind: Annotated[str, _one_of(POLICY, ORACLE)]
+    model: Text
+    version: Version
+    started: Text
+    error: Text | None = None
 
 
-@dataclass(frozen=True)
+@_message
 class Failure:
     """What every answer with another status code than 200 says; /health excepted.
 
@@ -280,132 +307,25 @@ class Failure:
       version: of the weights that are served; None: nobody has shown a token, so it is not told.
     """
 
-    error: str
-    version: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.error, str):
-            raise ProtocolError(f"error: expected a string, found {_found(self.error)}")
+    error: Text
+    version: Text | None = None
 
 
-Message = TypeVar("Message")
+# ---------------------------------------------------------------------------------------------------------- As JSON and back
 
 
 def to_json(message: Any) -> bytes:
-    """Writes a message.
-
-    Args:
-      message: one of this module's dataclasses.
-
-    Returns:
-      JSON; fields that are None are left out.
-    """
-    fields = {name: value for name, value in dataclasses.asdict(message).items() if value is not None}
-    return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
+    """Writes a message as JSON; fields that are None are left out."""
+    return TypeAdapter(type(message)).dump_json(message, exclude_none=True)
 
 
 def parse(kind: type[Message], body: bytes) -> Message:
-    """Reads a message.
-
-    Args:
-      kind: one of this module's dataclasses.
-      body: JSON.
-
-    Returns:
-      The message; every field has the right type and lies within the limits.
+    """Reads a message from JSON.
 
     Raises:
-      ProtocolError: it is not such a message.
+      ProtocolError: it is not such a message; every field has the right type and lies within the limits otherwise.
     """
     try:
-        fields = json.loads(body, parse_constant=_not_json)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"expected JSON, found {_found(body[:40])} ({error})") from None
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"expected a JSON object, found {_found(fields)}")
-    if kind is GenerateAnswer:
-        fields = {**fields, "responses": [_responses(row) for row in _list("responses", fields.get("responses"))]}
-    return _build(kind, fields)
-
-
-def _responses(row: object) -> list[Response]:
-    """Reads the M responses to one prompt."""
-    return [_build(Response, response) for response in _list("responses", row)]
-
-
-def _build(kind: Callable[..., Message], fields: object) -> Message:
-    """Makes a dataclass of a JSON object; its own checks run then."""
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(fields, Mapping):
-        raise ProtocolError(f"expected a JSON object, found {_found(fields)}")
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ProtocolError(f"{unknown[0][:40]}: no such field; there are {', '.join(known)}")
-    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
-    if missing:
-        raise ProtocolError(f"{missing[0]}: the field is missing")
-    return kind(**fields)
-
-
-def _not_json(constant: str) -> object:
-    """Refuses NaN and infinities, which Python reads and JSON does not have."""
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _found(value: object) -> str:
-    """Names a value in an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _printable(value: object) -> bool:
-    """Whether a value is a short string of visible ASCII characters."""
-    return isinstance(value, str) and _FILE_OR_URL.fullmatch(value) is not None
-
-
-def _version(name: str, value: object) -> None:
-    """Refuses what cannot name weights."""
-    if not (isinstance(value, str) and _VERSION.fullmatch(value)):
-        raise ProtocolError(f"{name}: expected 1 to 128 letters, digits or any of _.:+-, found {_found(value)}")
-
-
-def _list(name: str, value: object) -> list[Any]:
-    """Refuses what is no list."""
-    if not isinstance(value, list):
-        raise ProtocolError(f"{name}: expected a list, found {_found(value)}")
-    return value
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    """Refuses what is no integer within the limits."""
-    if type(value) is not int or not low <= value <= high:
-        raise ProtocolError(f"{name}: expected an integer from {low} to {high}, found {_found(value)}")
-
-
-def _integers(name: str, values: object, low: int, high: int) -> None:
-    """Refuses what is no list of integers within the limits."""
-    for value in _list(name, values):
-        _integer(name, value, low, high)
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    """Refuses what is no finite number within the limits."""
-    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
-        raise ProtocolError(f"{name}: expected a number from {low} to {high}, found {_found(value)}")
-
-
-def _numbers(name: str, values: object) -> None:
-    """Refuses what is no list of finite numbers."""
-    for value in _list(name, values):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ProtocolError(f"{name}: expected finite numbers, found {_found(value)}")
-
-
-def _rows(name: str, rows: object) -> None:
-    """Refuses what is no list of sequences of token ids."""
-    if not 0 < len(_list(name, rows)) <= MAX_ROWS:
-        raise ProtocolError(f"{name}: expected 1 to {MAX_ROWS} of them, found {len(rows)}")  # type: ignore[arg-type]
-    for row in rows:  # type: ignore[attr-defined]
-        if not 0 < len(_list(name, row)) <= MAX_LENGTH:
-            raise ProtocolError(f"{name}: expected 1 to {MAX_LENGTH} ids in each, found {len(row)}")
-        _integers(name, row, 0, MAX_ID)
+        return TypeAdapter(kind).validate_json(body)
+    except ValidationError as error:
+        raise _first_fault(kind, error) from None

@@ -87,7 +87,7 @@ def test_a_wrong_field_is_named(changes, error):
         (b"\xff", "expected JSON"),
         (b"[" * 100_000, "expected JSON"),
         (b"[1]", "expected a JSON object"),
-        (b'{"version": "v", "scores": [NaN]}', "NaN is no JSON"),
+        (b'{"version": "v", "scores": [NaN]}', "scores: expected finite numbers, found nan"),
         (b'{"version": "v", "scores": [1e999]}', "scores: expected finite numbers, found inf"),
         (b'{"scores": [1]}', "version: the field is missing"),
         (b'{"version": "a b", "scores": [1]}', "version: expected 1 to 128"),
