@@ -1,4 +1,4 @@
-"""What has been labelled: a replay of cached features for the ERM."""
+"""What has been labelled, as cached features on the devices, for the ERM to learn from."""
 
 from dataclasses import dataclass
 

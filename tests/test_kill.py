@@ -167,8 +167,12 @@ def ledger(workdir: Path) -> list[dict[str, Any]]:
 
 def assert_bill_is_the_ledger(workdir: Path, service: Service) -> None:
     run_id = (workdir / "run_id").read_text()
-    paid = {f"{run_id}/{line['key']}": line["probability"] for line in ledger(workdir) if line.get("counted")}
-    assert {key: probability for key, (_, probability) in service.record.items()} == paid
+    lines = ledger(workdir)
+    paid = {f"{run_id}/{line['key']}": line["probability"] for line in lines if line.get("counted")}
+    swapped = {f"{run_id}/{line['key']}": line["swapped"] for line in lines if line["event"] == "ask"}
+    shown = {key: probability for key, (_, probability) in service.record.items()}
+    assert {key: 1 - answer if swapped[key] else answer for key, answer in shown.items()} == paid
+    assert 0 < sum(swapped.values()) < 96
     assert len(paid) == 96
 
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself: intervals, the stop on NaN, the files that hold the numbers, the progress bar."""
+"""What a run measures of itself: the stop on NaN, and the files that hold the numbers."""
 
 import contextlib
 import json
