@@ -20,7 +20,7 @@ quickstart: $(VENV)/run.stamp
 # With the engine where it can be had; without it, its tests are skipped. In two processes; ARGS=--numprocesses=0 in one.
 test: $(VENV)/test.stamp
 	@$(MAKE) --no-print-directory bridge || echo 'no vLLM here: the tests of gpu_bridge with the real engine are skipped'
-	BRIDGE_PYTHON=$(VENV_BRIDGE)/bin/python $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder $(ARGS)
+	BRIDGE_PYTHON=$(VENV_BRIDGE)/bin/python $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -35,27 +35,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("compiled", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("compiled")
 
-# The first to be run, as they take longest; of files that share servers, all in one process.
-GROUPS = {
-    "tests/test_kill.py": "kill",
-    "tests/gpu_bridge/server/test_engine.py": "engines",
-    "tests/gpu_bridge/test_run.py": "engines",
-    "tests/models/test_mesh.py": "mesh",
-}
+# The first to be run, as they take longest.
+LONGEST = (
+    "tests/test_kill.py",
+    "tests/gpu_bridge/server/test_engine.py",
+    "tests/gpu_bridge/test_run.py",
+    "tests/models/test_mesh.py",
+)
 
 
 def _file(item: pytest.Item) -> str:
     return item.nodeid.split("::")[0]
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a file in one process, for they share what was made for them, and begins with the longest."""
-    order = list(dict.fromkeys(GROUPS.values()))
-    ranks = {file: order.index(group) for file, group in GROUPS.items()}
-    items.sort(key=lambda item: ranks.get(_file(item), len(order)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(GROUPS.get(_file(item), _file(item))))
+    """Begins with the longest files, so that no process is left alone with one at the end."""
+    ranks = {file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(_file(item), len(ranks)))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
