@@ -562,8 +562,10 @@ def request_bytes(
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Connection": "close"}
     try:
         connection.connect()
-        socket = connection.sock
+        socket = connection.sock  # getresponse takes it away from a connection that will close
+        socket.settimeout(max(deadline - time.monotonic(), 1e-3))
         connection.request(method, path, body, headers)
+        socket.settimeout(max(deadline - time.monotonic(), 1e-3))
         response = connection.getresponse()
         received, size = [], 0
         while True:
