@@ -63,11 +63,7 @@ class Child:
         return cls(process, log)
 
     async def ended(self) -> str:
-        """Waits for the end.
-
-        Returns:
-          One line on how it ended.
-        """
+        """Returns one line on how it ended, once it has."""
         code = await self._process.wait()
         return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit status {code}"
 
@@ -103,18 +99,18 @@ def keep(directory: str, command: Sequence[str]) -> int:
     with contextlib.ExitStack() as at_the_end:
         at_the_end.callback(shutil.rmtree, directory, ignore_errors=True)
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_keeper)
-        at_the_end.callback(_end, child)
+        at_the_end.callback(_end_group, child)
         with selectors.DefaultSelector() as selector:
             selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "parent")
             selector.register(os.pidfd_open(child.pid), selectors.EVENT_READ, "child")
             while child.poll() is None:
                 for key, _ in selector.select():
                     if key.data == "parent" and not os.read(key.fd, 4096):
-                        return _end(child)
+                        return _end_group(child)
         return child.returncode
 
 
-def _end(child: subprocess.Popen[bytes]) -> int:
+def _end_group(child: subprocess.Popen[bytes]) -> int:
     """Ends a process group: the leader politely; what outlives it may clear up its shared memory, and is killed then."""
     if child.poll() is None:
         child.terminate()

@@ -23,7 +23,7 @@ from sea_jax.types import OtherVersion
 MAX_ANSWER_BYTES = 2**30
 HEALTH_TIMEOUT_S = 10.0
 MAX_LOGPROB = 1e-3  # a log-prob may round to a little above 0
-STARTS = {
+START_COMMANDS = {
     protocol.POLICY: ("actor", "python -m gpu_bridge.serve_policy"),
     protocol.ORACLE: ("oracle", "python -m gpu_bridge.serve_oracle"),
 }
@@ -64,11 +64,7 @@ class Patience:
     max_backoff_s: float = 60.0
 
     def wait(self, failures: int) -> None:
-        """Sleeps.
-
-        Args:
-          failures: so many times in a row nobody has answered; at least 1.
-        """
+        """Sleeps after nobody has answered so many times in a row, at least 1."""
         time.sleep(min(self.backoff_s * 2.0 ** min(failures - 1, 60), self.max_backoff_s))
 
 
@@ -132,14 +128,7 @@ class PolicyClient:
         patience: Patience = Patience(),
         route: Route = Route(),  # noqa: B008
     ) -> None:
-        """Takes the addresses; nothing is asked yet.
-
-        Args:
-          urls: of each server, without a path.
-          token: what they let in.
-          patience: Patience.
-          route: how weights come to them.
-        """
+        """Takes the servers' URLs, without a path, and the token that they let in; nothing is asked yet."""
         self.run = secrets.token_hex(6)
         self.turn = threading.Lock()
         self._servers = Servers(protocol.POLICY, tuple(urls), token, patience)
@@ -147,13 +136,13 @@ class PolicyClient:
 
     def versions(self) -> dict[str, str]:
         """As in PolicyServers."""
-        return {url: health.version for url, health in healthy(self._servers).items()}
+        return {url: health.version for url, health in ready_servers(self._servers).items()}
 
     def push(
         self, tensors: Mapping[str, np.ndarray], version: str, urls: Sequence[str], base: str | None = None
     ) -> None:
         """As in PolicyServers."""
-        with weights.offered(tensors, self._route) as offer:
+        with weights.offer(tensors, self._route) as offer:
             request = WeightsRequest(version=version, base=base, **vars(offer))
 
             def give(url: str) -> None:
@@ -161,7 +150,7 @@ class PolicyClient:
                 if answer.version != version:
                     raise OtherVersion(f"{url} was given version {version} and has {answer.version}")
 
-            outcomes = at_once(give, urls)
+            outcomes = in_parallel(give, urls)
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         for fault in faults:
             if not isinstance(fault, Unavailable | OtherVersion):
@@ -185,7 +174,7 @@ class PolicyClient:
         top_p: float,
     ) -> list[list[Response]]:
         """As in PolicyServers."""
-        how = GenerateRequest(
+        template = GenerateRequest(
             prompts=[[0]],
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
@@ -200,7 +189,7 @@ class PolicyClient:
             found = health(self._servers, url).version
             if found != version:  # better known before it has worked for nothing
                 raise OtherVersion(f"{url} has version {found}, asked for is {version}")
-            request = replace(how, prompts=[list(ids) for ids, _ in rows], seeds=[seed for _, seed in rows])
+            request = replace(template, prompts=[list(ids) for ids, _ in rows], seeds=[seed for _, seed in rows])
             answer = exchange(self._servers, url, protocol.GENERATE, request, protocol.GenerateAnswer)
             if answer.version != version:
                 raise OtherVersion(f"{url} wrote with version {answer.version}, asked for is {version}")
@@ -219,17 +208,14 @@ class OracleClient:
     """Servers of one reward model."""
 
     def __init__(self, urls: Sequence[str], token: str, patience: Patience = Patience(), batch_size: int = 32) -> None:
-        """Takes the addresses; nothing is asked yet.
+        """Takes the servers' URLs, without a path, and the token that they let in; nothing is asked yet.
 
         Args:
-          urls: of each server, without a path.
-          token: what they let in.
-          patience: Patience.
           batch_size: inputs of one request; where a server fails, the requests that it has answered count.
         """
         self._servers = Servers(protocol.ORACLE, tuple(urls), token, patience)
         self._batch_size = min(batch_size, protocol.MAX_ROWS)
-        self._well: set[str] = set()  # URLs of those that were ready and have not failed since
+        self._known_ready: set[str] = set()  # URLs of those that were ready and have not failed since
 
     def score(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores conversations.
@@ -247,31 +233,22 @@ class OracleClient:
 
         def ask(url: str, rows: Sequence[Sequence[int]]) -> list[float]:
             request = ScoreRequest([list(ids) for ids in rows])
-            if url not in self._well:
+            if url not in self._known_ready:
                 health(self._servers, url)  # tells one that starts, and is worth waiting for, from one that is broken
-            self._well.discard(url)
+            self._known_ready.discard(url)
             answer = exchange(self._servers, url, protocol.SCORE, request, protocol.ScoreAnswer)
             try:
                 answer.check(request)
             except ProtocolError as error:
                 raise Unavailable(f"{url} answered garbage ({error})") from error
-            self._well.add(url)
+            self._known_ready.add(url)
             return answer.scores
 
         return np.array(share(self._servers, inputs, ask, self._batch_size), np.float64)
 
 
 def check_responses(rows: Sequence[Sequence[Response]], eos_ids: Sequence[int], vocab_size: int) -> None:
-    """Refuses responses that no model with this vocabulary can have written.
-
-    Args:
-      rows: responses to each prompt.
-      eos_ids: tokens that end a response.
-      vocab_size: V.
-
-    Raises:
-      ProtocolError: the text says what is wrong.
-    """
+    """Raises ProtocolError for responses that no model with this vocabulary can have written."""
     for response in (response for row in rows for response in row):
         if max(response.tokens) >= vocab_size:
             raise ProtocolError(
@@ -306,11 +283,11 @@ def share(
       Refused: one of them says that it makes no sense to ask again.
     """
     results: dict[int, Result] = {}
-    patience = Waiting(servers)
+    retries = Retries(servers)
     usable = list(servers.urls)
     while len(results) < len(items):
         open_items = [index for index in range(len(items)) if index not in results]
-        parts = [part for part in divided(open_items, len(usable)) if part]
+        parts = [part for part in split(open_items, len(usable)) if part]
 
         def work(place: tuple[str, Sequence[int]], done: dict[int, Result] = results, size: int = rows_at_once) -> None:
             url, part = place
@@ -320,7 +297,7 @@ def share(
                 done.update(zip(some, answer, strict=True))
 
         asked = usable[: len(parts)]
-        outcomes = dict(zip(asked, at_once(work, list(zip(asked, parts, strict=True))), strict=True))
+        outcomes = dict(zip(asked, in_parallel(work, list(zip(asked, parts, strict=True))), strict=True))
         faults = {url: fault for url, fault in outcomes.items() if isinstance(fault, Exception)}
         for fault in faults.values():
             if not isinstance(fault, Unavailable | OtherVersion):
@@ -331,12 +308,12 @@ def share(
         if not usable and any(isinstance(fault, OtherVersion) for fault in faults.values()):
             raise OtherVersion("; ".join(map(str, faults.values())))
         if not usable:
-            patience.wait(faults, progress=len(open_items) > len(items) - len(results))
+            retries.wait(faults, progress=len(open_items) > len(items) - len(results))
             usable = list(servers.urls)
     return [results[index] for index in range(len(items))]
 
 
-class Waiting:
+class Retries:
     """Counts how often nobody has answered, sleeps longer each time, and gives up in the end."""
 
     def __init__(self, servers: Servers) -> None:
@@ -358,7 +335,7 @@ class Waiting:
         waited = time.monotonic() - self._since
         starting = any(isinstance(fault, Starting) for fault in faults.values()) and waited < patience.timeout_s
         if self._failures >= patience.retries and not starting:
-            part, command = STARTS[self._servers.kind]
+            part, command = START_COMMANDS[self._servers.kind]
             raise Unavailable(
                 f"no {self._servers.kind} server of config.{part}.urls has answered in {self._failures + 1} tries over "
                 f"{waited:.0f} s: {'; '.join(map(str, faults.values()))}. See the servers' logs and start them again "
@@ -368,13 +345,8 @@ class Waiting:
         patience.wait(self._failures)
 
 
-def divided(items: Sequence[Item], num_parts: int) -> Iterator[Sequence[Item]]:
-    """Yields parts, in order, whose sizes differ by at most one; the greater ones come first.
-
-    Args:
-      items: N.
-      num_parts: how many; some are empty where N is smaller.
-    """
+def split(items: Sequence[Item], num_parts: int) -> Iterator[Sequence[Item]]:
+    """Yields parts, in order, whose sizes differ by at most one: the greater first, empty ones last."""
     size, more = divmod(len(items), num_parts)
     start = 0
     for part in range(num_parts):
@@ -383,12 +355,8 @@ def divided(items: Sequence[Item], num_parts: int) -> Iterator[Sequence[Item]]:
         start = end
 
 
-def at_once(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result | Exception]:
-    """Calls a function for all items at the same time; Ctrl-C leaves at once those that are not done.
-
-    Args:
-      function: called in a thread of its own for each.
-      items: N.
+def in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result | Exception]:
+    """Calls a function for each item in a thread of its own; Ctrl-C leaves at once those that are not done.
 
     Returns:
       N results, or the exceptions in their places.
@@ -413,22 +381,16 @@ def at_once(function: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 # ------------------------------------------------------------------------------------------------------------- One exchange
 
 
-def healthy(servers: Servers) -> dict[str, protocol.Health]:
-    """Asks all servers how they are, until one is ready.
-
-    Args:
-      servers: Servers.
-
-    Returns:
-      URL -> Health of those that are ready.
+def ready_servers(servers: Servers) -> dict[str, protocol.Health]:
+    """Asks all servers how they are, until one is ready; returns the URL and Health of those that are.
 
     Raises:
       Unavailable: none is after all the waiting.
       Refused: the token or the URL is wrong.
     """
-    waiting = Waiting(servers)
+    retries = Retries(servers)
     while True:
-        outcomes = dict(zip(servers.urls, at_once(lambda url: health(servers, url), servers.urls), strict=True))
+        outcomes = dict(zip(servers.urls, in_parallel(lambda url: health(servers, url), servers.urls), strict=True))
         faults = {url: outcome for url, outcome in outcomes.items() if isinstance(outcome, Exception)}
         for fault in faults.values():
             if not isinstance(fault, Unavailable):
@@ -437,18 +399,11 @@ def healthy(servers: Servers) -> dict[str, protocol.Health]:
         found = {url: outcome for url, outcome in outcomes.items() if isinstance(outcome, protocol.Health)}
         if found:
             return found
-        waiting.wait(faults)
+        retries.wait(faults)
 
 
 def health(servers: Servers, url: str) -> protocol.Health:
-    """Asks one server how it is.
-
-    Args:
-      servers: Servers.
-      url: one of theirs.
-
-    Returns:
-      Health; it is ready.
+    """Returns how one of the servers is, if it is ready.
 
     Raises:
       Unavailable: it is not up, or not ready.
@@ -457,10 +412,10 @@ def health(servers: Servers, url: str) -> protocol.Health:
     timeout_s = min(HEALTH_TIMEOUT_S, servers.patience.timeout_s)
     status, body = request_bytes(url, "GET", protocol.HEALTH, servers.token, None, timeout_s)
     if status not in (200, 503):
-        raise _fault(servers, url, status, body)
-    found = _parsed(url, protocol.Health, body)
+        raise _error(servers, url, status, body)
+    found = _parse(url, protocol.Health, body)
     if found.kind != servers.kind:
-        part, command = STARTS[servers.kind]
+        part, command = START_COMMANDS[servers.kind]
         raise Refused(
             f"config.{part}.urls: {url} is a server of kind {found.kind}; name one that `{command}` has started"
         )
@@ -472,17 +427,7 @@ def health(servers: Servers, url: str) -> protocol.Health:
 
 
 def exchange(servers: Servers, url: str, path: str, request: Any, kind: type[Message]) -> Message:
-    """Sends one server a message and reads its answer.
-
-    Args:
-      servers: Servers.
-      url: one of theirs.
-      path: of the endpoint.
-      request: a dataclass of `protocol`.
-      kind: that of the answer.
-
-    Returns:
-      The answer.
+    """Sends one of the servers a message of `protocol`, and reads its answer.
 
     Raises:
       Unavailable: there is none, or it is not such a message.
@@ -497,11 +442,11 @@ def exchange(servers: Servers, url: str, path: str, request: Any, kind: type[Mes
         )
     status, answer = request_bytes(url, "POST", path, servers.token, body, servers.patience.timeout_s)
     if status != 200:
-        raise _fault(servers, url, status, answer)
-    return _parsed(url, kind, answer)
+        raise _error(servers, url, status, answer)
+    return _parse(url, kind, answer)
 
 
-def _parsed(url: str, kind: type[Message], body: bytes) -> Message:
+def _parse(url: str, kind: type[Message], body: bytes) -> Message:
     """The message in an answer."""
     try:
         return protocol.parse(kind, body)
@@ -509,9 +454,9 @@ def _parsed(url: str, kind: type[Message], body: bytes) -> Message:
         raise Unavailable(f"{url} answered garbage ({error})") from error
 
 
-def _fault(servers: Servers, url: str, status: int, body: bytes) -> Exception:
+def _error(servers: Servers, url: str, status: int, body: bytes) -> Exception:
     """What an answer with another status code than 200 means."""
-    part, command = STARTS[servers.kind]
+    part, command = START_COMMANDS[servers.kind]
     try:
         failure = protocol.parse(protocol.Failure, body)
     except ProtocolError:

@@ -102,14 +102,11 @@ def plan(layout: str, gpus: int, shares: Sequence[float], oracle: bool) -> Plan:
 
 
 def visible_gpus(count: int, visible: str | None) -> tuple[str, ...]:
-    """Names GPUs for CUDA_VISIBLE_DEVICES.
+    """Names the first `count` GPUs that this process may use.
 
     Args:
       count: how many are wanted.
-      visible: that variable as it was inherited; None: it is not set.
-
-    Returns:
-      The first of those that this process may use.
+      visible: CUDA_VISIBLE_DEVICES as it was inherited; None: it is not set.
 
     Raises:
       ValueError: it may use fewer.
@@ -127,10 +124,6 @@ def visible_gpus(count: int, visible: str | None) -> tuple[str, ...]:
 
 def default_flags(place: Place, model: Path) -> list[str]:
     """Returns flags with which a server's share of a GPU suffices; where one stands twice, a server takes the last.
-
-    Args:
-      place: Place.
-      model: its directory.
 
     Raises:
       OSError: there is no config.json in it.
@@ -181,13 +174,7 @@ def learner_command(
 
 
 def environment(gpus: Sequence[str] | None, token: str, **more: str) -> dict[str, str]:
-    """Returns a child's environment.
-
-    Args:
-      gpus: names of those that it may see; None: all, there are none.
-      token: of every server.
-      more: further variables.
-    """
+    """Returns a child's environment; it may see the GPUs that are named, or None: there are none."""
     seen = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     return {**os.environ, protocol.TOKEN_VARIABLE: token, **seen, **more}
 
@@ -249,15 +236,6 @@ def start_in_turn(
     While it starts, vLLM measures what is free on the whole GPU and takes every change for its own doing
     (https://github.com/vllm-project/vllm/blob/main/vllm/v1/worker/gpu_worker.py, determine_available_memory).
 
-    Args:
-      places: Place of each.
-      start: starts one.
-      logs: where they write their URLs.
-      token: of every server.
-
-    Returns:
-      Their processes.
-
     Raises:
       ValueError: a server ended, or is none of the bridge's.
     """
@@ -280,13 +258,7 @@ def start_in_turn(
 
 
 def is_ready(place: Place, logs: Path, token: str) -> bool:
-    """Returns whether a server answers requests.
-
-    Args:
-      place: Place.
-      logs: where it writes its URL.
-      token: of every server.
-    """
+    """Returns whether a server, whose URL is in `logs`, answers requests."""
     try:
         url = (logs / f"{place.name}.url").read_text().strip()
         client.health(client.Servers(place.kind, (url,), token), url)
@@ -296,13 +268,7 @@ def is_ready(place: Place, logs: Path, token: str) -> bool:
 
 
 def check_running(place: Place, server: subprocess.Popen[bytes], logs: Path) -> None:
-    """Raises ValueError if a server has ended.
-
-    Args:
-      place: Place.
-      server: its process.
-      logs: where its output goes.
-    """
+    """Raises ValueError if a server has ended."""
     if server.poll() is not None:
         raise ValueError(f"{place.name} ended with status {server.returncode}; {logs / place.name}.log says why")
 
@@ -310,15 +276,9 @@ def check_running(place: Place, server: subprocess.Popen[bytes], logs: Path) -> 
 def wait_for_urls(
     places: Sequence[Place], servers: Sequence[subprocess.Popen[bytes]], logs: Path
 ) -> dict[str, list[str]]:
-    """Waits until every server listens; the learner itself waits until they are ready.
+    """Waits until every server has written its URL to `logs`, and returns the URLs by kind.
 
-    Args:
-      places: Place of each.
-      servers: their processes.
-      logs: where they write their URLs.
-
-    Returns:
-      URLs by kind.
+    The learner itself waits until they are ready.
 
     Raises:
       ValueError: a server ended.

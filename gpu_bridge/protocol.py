@@ -320,11 +320,7 @@ def to_json(message: Any) -> bytes:
 
 
 def parse(kind: type[Message], body: bytes) -> Message:
-    """Reads a message from JSON.
-
-    Raises:
-      ProtocolError: it is not such a message; every field has the right type and lies within the limits otherwise.
-    """
+    """Reads a message from JSON; raises ProtocolError if a field has another type or lies outside the limits."""
     try:
         return TypeAdapter(kind).validate_json(body)
     except ValidationError as error:

@@ -16,7 +16,7 @@ def main() -> int:
     flags.add_argument(
         "--backend", choices=("vllm", "mosec"), default="vllm", help="mosec: transformers' own model, on one device"
     )
-    read, extra = serve.arguments(flags, sys.argv[1:])
+    read, extra = serve.parse(flags, sys.argv[1:])
     return serve.run(protocol.ORACLE, read, extra, VllmOracle if read.backend == "vllm" else MosecOracle, read.backend)
 
 

@@ -17,7 +17,7 @@ def main() -> int:
     flags.add_argument(
         "--weights_dir", type=Path, help="directory, besides /dev/shm, where the learner may leave weights"
     )
-    read, extra = serve.arguments(flags, sys.argv[1:])
+    read, extra = serve.parse(flags, sys.argv[1:])
     return serve.run(protocol.POLICY, read, extra, VllmPolicy, "vllm")
 
 

@@ -47,34 +47,23 @@ class Offer:
 
 
 @contextlib.contextmanager
-def offered(tensors: Mapping[str, np.ndarray], route: Route) -> Iterator[Offer]:
-    """Keeps tensors where servers can get them.
-
-    Args:
-      tensors: by name.
-      route: Route.
-
-    Yields:
-      Offer; when it is left, nothing remains.
+def offer(tensors: Mapping[str, np.ndarray], route: Route) -> Iterator[Offer]:
+    """Keeps tensors where servers can get them; when it is left, nothing remains.
 
     Raises:
       OSError: the directory is full or not there, or the port is taken; the message names the field of the configuration.
     """
-    with written(tensors, route.directory) as path:
+    with write(tensors, route.directory) as path:
         if route.transport == SHM:
             yield Offer(path=str(path))
         else:
-            with served(path, route.host, route.port) as offer:
-                yield offer
+            with serve(path, route.host, route.port) as given:
+                yield given
 
 
 @contextlib.contextmanager
-def written(tensors: Mapping[str, np.ndarray], directory: Path) -> Iterator[Path]:
+def write(tensors: Mapping[str, np.ndarray], directory: Path) -> Iterator[Path]:
     """Writes tensors to a file that only this user can read, under a name that nobody can guess.
-
-    Args:
-      tensors: by name.
-      directory: where to.
 
     Yields:
       The file, removed at the end; what killed processes left there is removed at the beginning.
@@ -83,7 +72,7 @@ def written(tensors: Mapping[str, np.ndarray], directory: Path) -> Iterator[Path
       OSError: the directory is full or not there.
     """
     try:
-        _sweep(directory)
+        _remove_stale(directory)
         own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     except OSError as error:
         raise OSError(f"config.actor.weights_directory={directory}: {error.strerror}; name one in memory") from error
@@ -106,7 +95,7 @@ def written(tensors: Mapping[str, np.ndarray], directory: Path) -> Iterator[Path
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _sweep(directory: Path) -> None:
+def _remove_stale(directory: Path) -> None:
     """Removes this user's weights that no living process holds."""
     for left in directory.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # somebody else's, in use, or gone by now
@@ -117,7 +106,7 @@ def _sweep(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def served(path: Path, host: str, port: int = 0) -> Iterator[Offer]:
+def serve(path: Path, host: str, port: int = 0) -> Iterator[Offer]:
     """Serves one file over HTTP, to those who bear a token made for it.
 
     Args:

@@ -45,7 +45,7 @@ class RequestRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Written:
+class EngineAnswer:
     """What a policy wrote.
 
     Attributes:
@@ -69,7 +69,7 @@ class Backend(Protocol):
     async def stop(self) -> None:
         """Ends the process and everything it started; may be called at any time."""
 
-    async def generate(self, request: GenerateRequest) -> Written:
+    async def generate(self, request: GenerateRequest) -> EngineAnswer:
         """Writes responses; raises EngineFailed or RequestRefused."""
 
     async def load(self, path: Path, version: str) -> None:
@@ -116,16 +116,7 @@ def on_cpu() -> bool:
 
 
 def engine_seed(seed: int) -> int:
-    """Spreads a prompt's seed over the numbers that the engine takes.
-
-    vLLM gives sample i of a request the seed plus i: neighbouring seeds would otherwise share samples' random numbers.
-
-    Args:
-      seed: of a prompt.
-
-    Returns:
-      In [0, 2^62).
-    """
+    """Spreads a prompt's seed over [0, 2^62); vLLM adds i for sample i, so neighbouring seeds would share random numbers."""
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8]) >> 2
 
 
@@ -161,9 +152,9 @@ class _Process:
           EngineFailed: it ended, or does not answer in time.
           OSError: it cannot be run.
         """
-        kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        inherited = {name: value for name, value in os.environ.items() if name not in _DROPPED_VARIABLES}
         environment = {
-            **kept,
+            **inherited,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "HF_HUB_OFFLINE": "1",
             "TMPDIR": str(directory),  # what is left there goes with it
@@ -206,15 +197,7 @@ class _Process:
             await self._client.aclose()
 
     async def call(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
-        """Sends one request.
-
-        Args:
-          path: of the request.
-          body: its JSON; None: nothing.
-          method: GET or POST.
-
-        Returns:
-          The answer's JSON.
+        """Sends one request with a JSON body, or none, and returns the answer's JSON.
 
         Raises:
           EngineFailed: no answer, or no sensible one.
@@ -230,35 +213,28 @@ class _Process:
             raise EngineFailed(f"the engine did not answer {path}: {type(error).__name__} {error}") from None
         if answer.status_code == 200:
             return found
-        reason = _reason(found)
+        reason = _error_message(found)
         if 400 <= answer.status_code < 500:
             raise RequestRefused(reason)
         raise EngineFailed(f"the engine answered {path} with status {answer.status_code}: {reason}")
 
 
 # The bridge's own token is no business of the engine; the other would make vLLM unpickle what it is sent.
-_NOT_INHERITED = (protocol.TOKEN_VARIABLE, "VLLM_ALLOW_INSECURE_SERIALIZATION")
+_DROPPED_VARIABLES = (protocol.TOKEN_VARIABLE, "VLLM_ALLOW_INSECURE_SERIALIZATION")
 
 
 def connect(base_url: str, uds: Path | None = None) -> httpx2.AsyncClient:
-    """Makes what talks to an engine, on a new connection for each request.
+    """Makes a client of an engine, at a Unix socket if `uds` names one, with a new connection for each request.
 
-    A connection that was idle for some seconds may be closed by the engine just when a request is sent on it, which looks as
-    if the engine had died.
-
-    Args:
-      base_url: begins every request's.
-      uds: the Unix socket where the engine listens; None: at the URL's host and port.
-
-    Returns:
-      The client.
+    The engine may close a connection that was idle for some seconds just when a request is sent on it, which looks as if it
+    had died.
     """
     limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=0)
     transport = httpx2.AsyncHTTPTransport(limits=limits, uds=None if uds is None else str(uds), trust_env=False)
     return httpx2.AsyncClient(transport=transport, base_url=base_url, trust_env=False)
 
 
-def _reason(found: object) -> str:
+def _error_message(found: object) -> str:
     """Finds the words in an engine's error message."""
     if isinstance(found, dict):
         inner = found.get("error", found.get("detail", found))
@@ -266,7 +242,7 @@ def _reason(found: object) -> str:
     return str(found)[:1000]
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+async def _gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Waits for all; the first that fails cancels the others and is the failure."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -276,7 +252,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     return [task.result() for task in tasks]
 
 
-def _compiled() -> str:
+def _compile_cache() -> str:
     """Where PyTorch keeps what it has compiled; in a TMPDIR of its own an engine would compile anew at each start."""
     try:
         user = getpass.getuser()
@@ -301,7 +277,7 @@ async def _launch_vllm(process: _Process, arguments: Sequence[str], variables: d
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": str(directory),
-        "TORCHINDUCTOR_CACHE_DIR": _compiled(),
+        "TORCHINDUCTOR_CACHE_DIR": _compile_cache(),
         "VLLM_HOST_IP": "127.0.0.1",
         **variables,
     }
@@ -342,7 +318,7 @@ class VllmPolicy:
         await self._process.call("/update_weight_version", {"new_version": protocol.INITIAL})
         await self.generate(_WARM_UP)
 
-    async def generate(self, request: GenerateRequest) -> Written:
+    async def generate(self, request: GenerateRequest) -> EngineAnswer:
         """Writes responses; see Backend."""
         greedy = request.temperature == 0
         parameters = {
@@ -363,7 +339,7 @@ class VllmPolicy:
                 {"token_ids": prompt, "sampling_params": {**parameters, "seed": engine_seed(seed)}},
             )
 
-        answers = await _all([write(*row) for row in zip(request.prompts, request.seeds, strict=True)])
+        answers = await _gather([write(*row) for row in zip(request.prompts, request.seeds, strict=True)])
         try:
             choices = [sorted(answer["choices"], key=lambda choice: choice["index"]) for answer in answers]
             versions = {span["version"] for row in choices for choice in row for span in choice["weight_versions"]}
@@ -379,7 +355,7 @@ class VllmPolicy:
                 f"the engine's answer is not what was expected: {type(error).__name__} {error}"
             ) from None
         repeats = request.num_samples if greedy else 1
-        return Written(frozenset(versions), [row * repeats for row in responses])
+        return EngineAnswer(frozenset(versions), [row * repeats for row in responses])
 
     async def load(self, path: Path, version: str) -> None:
         """Loads weights; see Backend."""
@@ -403,7 +379,7 @@ class VllmPolicy:
 class _Oracle:
     """What no oracle does."""
 
-    async def generate(self, request: GenerateRequest) -> Written:
+    async def generate(self, request: GenerateRequest) -> EngineAnswer:
         """Refuses; an oracle does not write."""
         raise RequestRefused("an oracle server scores and does not write")
 
@@ -476,8 +452,8 @@ class MosecOracle(_Oracle):
     async def score(self, inputs: Sequence[Sequence[int]]) -> list[float]:
         """Scores conversations; see Backend."""
 
-        async def one(ids: Sequence[int]) -> float:
+        async def score_one(ids: Sequence[int]) -> float:
             async with self._slots:
                 return await self._process.call("/inference", {"secret": self._secret, "ids": ids})
 
-        return await _all([one(ids) for ids in inputs])
+        return await _gather([score_one(ids) for ids in inputs])

@@ -50,11 +50,7 @@ class SafetensorsFile(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Loads a file.
-
-        Args:
-          update_info: where it is.
-        """
+        """Loads a file."""
         with safe_open(update_info.path, framework="pt", device="cpu") as file:
             names = sorted(file.keys())  # a module's tensors next to each other: it is done before the next begins
             self.model.load_weights((name, file.get_tensor(name)) for name in names)

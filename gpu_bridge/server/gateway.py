@@ -129,12 +129,12 @@ class Gateway:
         """
         self.ready = asyncio.Event()
         self._config = config
-        self._make = engine
+        self._make_engine = engine
         self._engine: Backend | None = None
         self._lock = ReadersWriter()
         self._status, self._error = protocol.STARTING, "the engine is starting"
         self._version, self._started = protocol.INITIAL, ""
-        self._broken: asyncio.Future[str] | None = None
+        self._failure: asyncio.Future[str] | None = None
         endpoints = {
             protocol.HEALTH: ("GET", self._health),
             protocol.GENERATE: ("POST", self._generate),
@@ -155,7 +155,7 @@ class Gateway:
         """
         restarts: collections.deque[float] = collections.deque(maxlen=self._config.max_restarts)
         while True:
-            reason = await self._live()
+            reason = await self._run_once()
             logging.error("%s", reason)
             now = time.monotonic()
             often = len(restarts) == restarts.maxlen and (not restarts or now - restarts[0] < RESTART_SECONDS)
@@ -166,21 +166,21 @@ class Gateway:
             restarts.append(now)
             self._error = f"the engine is being started anew: {reason}"
 
-    async def _live(self) -> str:
+    async def _run_once(self) -> str:
         """One engine from its start to its end; returns why it ended."""
         self._status, self._version = protocol.STARTING, protocol.INITIAL
-        engine = self._make()
+        engine = self._make_engine()
         ended = None
         try:
             await engine.start()
-            self._broken = asyncio.get_running_loop().create_future()
+            self._failure = asyncio.get_running_loop().create_future()
             self._engine, self._started = engine, secrets.token_hex(8)
             self._status, self._error = protocol.READY, ""
             if self.ready.is_set():
                 logging.warning("the engine answers again, with the weights it was started with")
             self.ready.set()
             ended = asyncio.ensure_future(engine.ended())
-            done, _ = await asyncio.wait({ended, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({ended, self._failure}, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
         except EngineFailed as error:
             return str(error)
@@ -194,11 +194,11 @@ class Gateway:
 
     def _give_up(self, engine: Backend, reason: str) -> None:
         """Has an engine replaced that failed at a request."""
-        if engine is self._engine and self._broken is not None and not self._broken.done():
-            self._broken.set_result(reason)
+        if engine is self._engine and self._failure is not None and not self._failure.done():
+            self._failure.set_result(reason)
             self._engine, self._status, self._error = None, protocol.STARTING, reason
 
-    def _serving(self) -> Backend:
+    def _ready_engine(self) -> Backend:
         """Returns the engine; refuses when there is none."""
         if self._engine is None:
             raise Refusal(503, self._error)
@@ -268,11 +268,11 @@ class Gateway:
     async def _write(self, asked: GenerateRequest) -> Response:
         """Has responses written, all by the same weights."""
         async with self._lock.reading():
-            engine, version = self._serving(), self._version
-            written = await self._ask(engine, engine.generate(asked))
-            if written.versions != {version} or engine is not self._engine:
-                raise Refusal(409, f"the weights changed while the responses were written: {sorted(written.versions)}")
-        answer = GenerateAnswer(version, written.responses)
+            engine, version = self._ready_engine(), self._version
+            answered = await self._ask(engine, engine.generate(asked))
+            if answered.versions != {version} or engine is not self._engine:
+                raise Refusal(409, f"the weights changed while the responses were written: {sorted(answered.versions)}")
+        answer = GenerateAnswer(version, answered.responses)
         try:
             answer.check(asked)
         except ProtocolError as error:
@@ -283,14 +283,14 @@ class Gateway:
         """POST /score."""
         asked = protocol.parse(ScoreRequest, await self._body(request))
         self._check_ids("inputs", asked.inputs)
-        engine = self._serving()
+        engine = self._ready_engine()
         scores = await _unless_disconnected(request, self._ask(engine, engine.score(asked.inputs)))
         return _json(200, ScoreAnswer(self._version, scores))
 
     async def _weights(self, request: Request) -> Response:
         """POST /weights."""
         asked = protocol.parse(WeightsRequest, await self._body(request))
-        self._serving()
+        self._ready_engine()
         self._check_base(asked)
         # To the end even when nobody waits for the answer: half of the weights would be of no use.
         return await asyncio.shield(asyncio.ensure_future(self._load(asked)))
@@ -311,16 +311,16 @@ class Gateway:
         async with contextlib.AsyncExitStack() as stack:
             if asked.url is None:
                 assert asked.path is not None
-                path = await asyncio.to_thread(_inside, Path(asked.path), self._config.weights_dirs)
+                path = await asyncio.to_thread(_resolve_within, Path(asked.path), self._config.weights_dirs)
             else:
                 try:
                     directory = tempfile.TemporaryDirectory(prefix="bridge-", dir=self._config.weights_dirs[0])
                     path = Path(stack.enter_context(directory)) / "weights.safetensors"
-                    await _download(asked.url, asked.bearer, path, tensors.most_bytes(self._config.tensors))
+                    await _download(asked.url, asked.bearer, path, tensors.max_file_bytes(self._config.tensors))
                 except OSError as error:
                     raise Refusal(503, f"url: the weights cannot be kept: {error}") from None
             try:
-                given = await asyncio.to_thread(tensors.header, path)
+                given = await asyncio.to_thread(tensors.read_header, path)
             except (ValueError, OSError) as error:
                 # A download whose length was not told may have been cut: it may go well another time.
                 raise Refusal(400 if asked.url is None else 503, str(error)) from None
@@ -329,7 +329,7 @@ class Gateway:
             except ValueError as error:
                 raise Refusal(400, str(error)) from None
             async with self._lock.writing():
-                engine = self._serving()
+                engine = self._ready_engine()
                 self._check_base(asked)
                 await self._ask(engine, engine.load(path, asked.version))
                 if engine is not self._engine:
@@ -364,7 +364,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Resul
         task.cancel()
 
 
-def _inside(path: Path, directories: tuple[Path, ...]) -> Path:
+def _resolve_within(path: Path, directories: tuple[Path, ...]) -> Path:
     """Returns a regular file's true path; refuses one outside the directories."""
     names = " or ".join(map(str, directories))
     try:

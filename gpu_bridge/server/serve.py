@@ -38,7 +38,7 @@ def parser(kind: str, description: str, dtype: str) -> argparse.ArgumentParser:
       dtype: the default.
 
     Returns:
-      The parser; `arguments` reads with it.
+      The parser; `parse` reads with it.
     """
     result = argparse.ArgumentParser(
         prog=f"python -m gpu_bridge.serve_{kind}",
@@ -73,16 +73,8 @@ def parser(kind: str, description: str, dtype: str) -> argparse.ArgumentParser:
     return result
 
 
-def arguments(flags: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
-    """Reads the command line.
-
-    Args:
-      flags: from `parser`.
-      argv: without the program's name.
-
-    Returns:
-      (the flags, what stands behind `--`).
-    """
+def parse(flags: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """Reads a command line, without the program's name, into the flags and what stands behind `--`."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     read, extra = flags.parse_args(argv[:end]), tuple(argv[end + 1 :])
     if not (read.model / "config.json").exists():
@@ -92,7 +84,7 @@ def arguments(flags: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argp
     return read, extra
 
 
-def token(file: Path | None, log_dir: Path, kind: str) -> str:
+def find_token(file: Path | None, log_dir: Path, kind: str) -> str:
     """Finds the token, or draws one.
 
     Args:
@@ -124,15 +116,8 @@ def token(file: Path | None, log_dir: Path, kind: str) -> str:
     return found
 
 
-def progress(kind: str) -> Progress:
-    """Makes what shows how a start goes: one line, written over on a terminal.
-
-    Args:
-      kind: of the server.
-
-    Returns:
-      Progress.
-    """
+def progress_line(kind: str) -> Progress:
+    """Makes what shows how a start goes: one line, written over on a terminal."""
     shown = 0.0
 
     def show(seconds: float, line: str) -> None:
@@ -152,7 +137,7 @@ def run(kind: str, flags: argparse.Namespace, extra: tuple[str, ...], make: Make
 
     Args:
       kind: protocol.POLICY or protocol.ORACLE.
-      flags: from `arguments`.
+      flags: from `parse`.
       extra: further arguments of the engine.
       make: makes the engine.
       module: what the engine needs to be installed.
@@ -184,11 +169,11 @@ def run(kind: str, flags: argparse.Namespace, extra: tuple[str, ...], make: Make
         gateway_config = GatewayConfig(
             kind=kind,
             model=flags.model.name,
-            token=token(flags.token_file, flags.log_dir, kind),
+            token=find_token(flags.token_file, flags.log_dir, kind),
             max_body_bytes=flags.max_body_bytes,
             vocab_size=json.loads((flags.model / "config.json").read_text())["vocab_size"],
             weights_dirs=(SHM,) if weights_dir is None else (weights_dir.absolute(), SHM),
-            tensors=tensors.of_model(flags.model) if kind == protocol.POLICY else {},
+            tensors=tensors.read_model(flags.model) if kind == protocol.POLICY else {},
             max_restarts=flags.max_restarts,
         )
         listening = socket.create_server((flags.host, flags.port))
@@ -210,7 +195,7 @@ async def _serve(
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    gateway = Gateway(config, lambda: make(engine, progress(config.kind)))
+    gateway = Gateway(config, lambda: make(engine, progress_line(config.kind)))
     server = uvicorn.Server(
         uvicorn.Config(
             gateway.app,

@@ -30,14 +30,8 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-def header(path: Path) -> dict[str, Tensor]:
-    """Reads which tensors a file has.
-
-    Args:
-      path: a safetensors file (https://huggingface.co/docs/safetensors/index#format).
-
-    Returns:
-      Name -> tensor.
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Reads which tensors a safetensors file has (https://huggingface.co/docs/safetensors/index#format).
 
     Raises:
       ValueError: it is no whole safetensors file.
@@ -59,23 +53,17 @@ def header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def of_model(directory: Path) -> dict[str, Tensor]:
-    """Reads which tensors a model has.
-
-    Args:
-      directory: of a Hugging Face model.
-
-    Returns:
-      Name -> tensor; without tables, and without an unembedding that is the embedding.
+def read_model(directory: Path) -> dict[str, Tensor]:
+    """Reads which tensors a Hugging Face model has, without tables and without an unembedding that is the embedding.
 
     Raises:
-      ValueError: it has no safetensors files.
+      ValueError: the directory has no safetensors files.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"expected *.safetensors files in {directory}, found none")
     tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings", False)
-    found = {name: tensor for file in files for name, tensor in header(file).items()}
+    found = {name: tensor for file in files for name, tensor in read_header(file).items()}
     return {
         name: tensor
         for name, tensor in found.items()
@@ -83,7 +71,7 @@ def of_model(directory: Path) -> dict[str, Tensor]:
     }
 
 
-def most_bytes(model: Mapping[str, Tensor]) -> int:
+def max_file_bytes(model: Mapping[str, Tensor]) -> int:
     """Returns how long a file with a model's tensors in float32 can be, its header included."""
     return sum(4 * math.prod(tensor.shape) + len(name) + 256 for name, tensor in model.items()) + 4096
 
@@ -108,14 +96,14 @@ def check(given: Mapping[str, Tensor], model: Mapping[str, Tensor], whole: bool)
             raise ValueError(f"{name}: expected one of the dtypes {', '.join(ITEM_BYTES)}, found {tensor.dtype}")
     if not given:
         raise ValueError("the file has no tensors")
-    needed = set(model) if whole else {other for name in given for other in _together(name, model)}
+    needed = set(model) if whole else {other for name in given for other in _of_same_module(name, model)}
     missing = sorted(needed - set(given))
     if missing:
         why = "no base is given, so all are needed" if whole else "tensors of one module go together"
         raise ValueError(f"the file lacks {len(missing)} tensors, {missing[0]} among them; {why}")
 
 
-def _together(name: str, model: Mapping[str, Tensor]) -> list[str]:
+def _of_same_module(name: str, model: Mapping[str, Tensor]) -> list[str]:
     """The tensors that the engine keeps in the same module as one."""
     module = name.rpartition(".")[0]
     above, _, last = module.rpartition(".")

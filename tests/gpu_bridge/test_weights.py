@@ -26,9 +26,9 @@ def test_a_pushed_policy_is_what_a_saved_one_is(tmp_path: Path) -> None:
     params = jax.tree.map(np.asarray, tiny.params(cuts=(1,)))
     hf.save(tmp_path / "saved", tiny.CONFIG, params)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    with weights.written(hf.to_tensors(tiny.CONFIG, params), tmp_path) as path:
+    with weights.write(hf.to_tensors(tiny.CONFIG, params), tmp_path) as path:
         pushed = load_file(path)
-    with weights.written(hf.to_tensors(tiny.CONFIG, params, "bfloat16"), tmp_path) as path:
+    with weights.write(hf.to_tensors(tiny.CONFIG, params, "bfloat16"), tmp_path) as path:
         narrow = load_file(path)
     assert pushed.keys() == narrow.keys() == saved.keys()
     for name, tensor in saved.items():
@@ -52,18 +52,18 @@ def test_of_the_last_layers_alone_go_their_tensors_and_the_last_norm(family: str
 
 
 def test_the_file_is_private_and_gone_afterwards(tmp_path: Path) -> None:
-    with weights.offered(TENSORS, Route(directory=tmp_path)) as offer:
+    with weights.offer(TENSORS, Route(directory=tmp_path)) as offer:
         assert offer.path is not None
         assert offer.url is offer.bearer is None
         path = Path(offer.path)
         assert path.is_relative_to(tmp_path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        with weights.offered(TENSORS, Route(directory=tmp_path)) as other:
+        with weights.offer(TENSORS, Route(directory=tmp_path)) as other:
             assert other.path != offer.path
         assert path.exists()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyError), weights.offered(TENSORS, Route(directory=tmp_path)):
+    with pytest.raises(KeyError), weights.offer(TENSORS, Route(directory=tmp_path)):
         raise KeyError
     assert not list(tmp_path.iterdir())
 
@@ -74,7 +74,7 @@ def test_what_a_killed_learner_left_is_removed(tmp_path: Path) -> None:
     (left / "lock").touch()
     (left / "model.safetensors").touch()
     (tmp_path / "somebody-elses").mkdir()
-    with weights.written(TENSORS, tmp_path):
+    with weights.write(TENSORS, tmp_path):
         assert not left.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["somebody-elses"]
 
@@ -82,18 +82,18 @@ def test_what_a_killed_learner_left_is_removed(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(OSError, match=rf"^config\.actor\.weights_directory={tmp_path}/none: No such file"),
-        weights.written(TENSORS, tmp_path / "none"),
+        weights.write(TENSORS, tmp_path / "none"),
     ):
         pass
     free = weights.shutil.disk_usage(tmp_path)._replace(free=20)
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OSError, match="has 0 MiB free and the weights take 0 MiB"), weights.written(TENSORS, tmp_path):
+    with pytest.raises(OSError, match="has 0 MiB free and the weights take 0 MiB"), weights.write(TENSORS, tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_over_http_only_for_who_bears_the_token(tmp_path: Path) -> None:
-    with weights.offered(TENSORS, Route(weights.HTTP, tmp_path)) as offer:
+    with weights.offer(TENSORS, Route(weights.HTTP, tmp_path)) as offer:
         assert offer.path is None
         url, bearer = str(offer.url), str(offer.bearer)
         (tmp_path / "got.safetensors").write_bytes(fetched(url, bearer))
@@ -105,7 +105,7 @@ def test_over_http_only_for_who_bears_the_token(tmp_path: Path) -> None:
                 fetched(wrong_url, wrong_bearer)
     with pytest.raises(urllib.error.URLError):
         fetched(url, bearer)
-    with weights.offered(TENSORS, Route(weights.HTTP, tmp_path)) as offer:
+    with weights.offer(TENSORS, Route(weights.HTTP, tmp_path)) as offer:
         assert offer.bearer != bearer
 
 
@@ -115,11 +115,11 @@ def test_an_address_that_is_taken_or_not_ours(tmp_path: Path) -> None:
         route = Route(weights.HTTP, tmp_path, port=port)
         with (
             pytest.raises(OSError, match=rf"weights_port={port}: cannot listen there \(Address already in use\)"),
-            weights.offered(TENSORS, route),
+            weights.offer(TENSORS, route),
         ):
             pass
     with (
         pytest.raises(OSError, match=r"^config\.actor\.weights_host=192\.0\.2\.1"),
-        weights.offered(TENSORS, Route(weights.HTTP, tmp_path, host="192.0.2.1")),
+        weights.offer(TENSORS, Route(weights.HTTP, tmp_path, host="192.0.2.1")),
     ):
         pass

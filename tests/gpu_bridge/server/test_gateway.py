@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from gpu_bridge import protocol
 from gpu_bridge.protocol import GenerateRequest, Response
 from gpu_bridge.server import gateway, tensors
-from gpu_bridge.server.backend import EngineFailed, RequestRefused, Written, engine_seed
+from gpu_bridge.server.backend import EngineAnswer, EngineFailed, RequestRefused, engine_seed
 from gpu_bridge.server.gateway import Gateway, GatewayConfig
 
 TOKEN = "a-token-for-tests"
@@ -61,7 +61,7 @@ class Engine:
     async def stop(self) -> None:
         self.stopped = True
 
-    async def generate(self, request: GenerateRequest) -> Written:
+    async def generate(self, request: GenerateRequest) -> EngineAnswer:
         if self.fail:
             raise self.fail
         version = self.version
@@ -74,7 +74,7 @@ class Engine:
         finally:
             self.writing -= 1
         rows = [[Response([5, 0], [-1.0, -2.0])] * request.num_samples for _ in request.prompts]
-        return Written(frozenset({version, self.version}), rows)
+        return EngineAnswer(frozenset({version, self.version}), rows)
 
     async def load(self, path: Path, version: str) -> None:
         if self.fail:
@@ -130,7 +130,7 @@ async def served(
         max_body_bytes=1000,
         vocab_size=10,
         weights_dirs=(directory,),
-        tensors=tensors.header(directory / "model.safetensors"),
+        tensors=tensors.read_header(directory / "model.safetensors"),
         **changes,
     )
     door = Gateway(config, remembered)

@@ -18,9 +18,9 @@ TOKEN = "a-token-for-tests"
 # A server whose engine dies at the first request and cannot be started again.
 MORTAL = """
 import asyncio, sys
-from gpu_bridge import serve
-from gpu_bridge.backend import EngineFailed
-from tests.gpu_bridge.test_gateway import Engine
+from gpu_bridge.server import serve
+from gpu_bridge.server.backend import EngineFailed
+from tests.gpu_bridge.server.test_gateway import Engine
 
 class Mortal(Engine):
     async def start(self):
@@ -36,7 +36,7 @@ class Mortal(Engine):
         raise EngineFailed("it is gone")
 
 engines = []
-flags, extra = serve.arguments(serve.parser("policy", "Serves.", "bfloat16"), sys.argv[1:])
+flags, extra = serve.parse(serve.parser("policy", "Serves.", "bfloat16"), sys.argv[1:])
 sys.exit(serve.run("policy", flags, extra, lambda config, progress: Mortal(), "json"))
 """
 
@@ -47,40 +47,40 @@ def _no_token(monkeypatch):
 
 
 def test_a_token_is_drawn_once_and_kept_from_others(tmp_path, capsys):
-    drawn = serve.token(None, tmp_path / "logs", "policy")
+    drawn = serve.find_token(None, tmp_path / "logs", "policy")
     file = tmp_path / "logs/policy.token"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert len(drawn) >= 32
-    assert serve.token(None, tmp_path / "logs", "policy") == drawn
+    assert serve.find_token(None, tmp_path / "logs", "policy") == drawn
     shown = capsys.readouterr().out
     assert str(file) in shown
     assert drawn not in shown
-    assert serve.token(None, tmp_path / "logs", "oracle") != drawn
+    assert serve.find_token(None, tmp_path / "logs", "oracle") != drawn
 
 
 def test_the_environment_and_the_file_must_agree(tmp_path, monkeypatch):
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
-    assert serve.token(file, tmp_path, "policy") == TOKEN
+    assert serve.find_token(file, tmp_path, "policy") == TOKEN
     monkeypatch.setenv(protocol.TOKEN_VARIABLE, TOKEN)
-    assert serve.token(file, tmp_path, "policy") == serve.token(None, tmp_path, "policy") == TOKEN
+    assert serve.find_token(file, tmp_path, "policy") == serve.find_token(None, tmp_path, "policy") == TOKEN
     assert not (tmp_path / "policy.token").exists()
     monkeypatch.setenv(protocol.TOKEN_VARIABLE, TOKEN + "2")
     with pytest.raises(ValueError, match="differ; give one of them"):
-        serve.token(file, tmp_path, "policy")
+        serve.find_token(file, tmp_path, "policy")
 
 
 @pytest.mark.parametrize("bad", ["", "short", "a token\nof two lines, long", "ein Schlüssel mit Umlaut"])
 def test_a_weak_token_is_refused(bad, tmp_path):
     (tmp_path / "token").write_text(bad)
     with pytest.raises(ValueError, match="expected a token of 16 or more"):
-        serve.token(tmp_path / "token", tmp_path, "policy")
+        serve.find_token(tmp_path / "token", tmp_path, "policy")
 
 
 def test_what_stands_behind_the_dashes_is_the_engines(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     flags = serve.parser("policy", "Serves.", "bfloat16")
-    read, extra = serve.arguments(flags, [f"--model={tmp_path}", "--port=1", "--", "--seed", "3"])
+    read, extra = serve.parse(flags, [f"--model={tmp_path}", "--port=1", "--", "--seed", "3"])
     assert (read.port, read.host, extra) == (1, "127.0.0.1", ("--seed", "3"))
     for argv, error in [
         (["--model=/nowhere"], "expected a directory with a config.json, found /nowhere"),
@@ -88,7 +88,7 @@ def test_what_stands_behind_the_dashes_is_the_engines(tmp_path, capsys):
         ([f"--model={tmp_path}", "--", "--trust_remote_code=true"], "a model's own code is not run"),
     ]:
         with pytest.raises(SystemExit):
-            serve.arguments(flags, argv)
+            serve.parse(flags, argv)
         assert error in capsys.readouterr().err
 
 
