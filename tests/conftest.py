@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# For this process and for those that tests start. Every program is compiled once, whoever needs it, and quickly: tests
-# compile far longer than they compute.
+# For this process and for those that tests start: every program is compiled once, whoever needs it.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of torch that wait give their core away
 
 import gguf
