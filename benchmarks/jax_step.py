@@ -38,7 +38,9 @@ class JaxStep:
           encoder: directory of a BERT in that format.
         """
         self.settings, self.inputs = settings, inputs
-        self.policy = load_policy(str(policy), train_last_layers=0, feature_layer=settings.feature_layer)
+        self.policy = load_policy(
+            str(policy), train_last_layers=0, feature_layer=settings.feature_layer, dtype="float32"
+        )
         self.prompts = Prompts(jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid))
         self.sampling = sampling_config(settings, self.policy)
         self.texts = generation.texts_of(self.policy.tokenizer)

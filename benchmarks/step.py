@@ -296,7 +296,7 @@ def main() -> None:
 
     config = configuration(arguments)
     sizes = settings(config)
-    policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer)
+    policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer, dtype="float32")
     rendered = load_prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
     if len(rendered) < arguments.prompts:
         raise SystemExit(

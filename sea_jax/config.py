@@ -300,10 +300,10 @@ def table(whole: RunSettings | SftSettings) -> str:
     ]
     for name, field, value in settings.walk(whole):
         told = field.metadata
-        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).replace(" | ", " or ")
         default = f"`{field.default!r}`" + (f", here `{value!r}`" if value != field.default else "")
         columns = (f"`{name}`", kind, default, told["says"], told["must"][1], told["unit"], told["source"])
-        lines.append("| " + " | ".join(column.replace("|", "or") for column in columns) + " |")
+        lines.append("| " + " | ".join(column.replace("|", r"\|") for column in columns) + " |")
     return "\n".join(lines)
 
 

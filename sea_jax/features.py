@@ -163,7 +163,7 @@ def response_features(
     return partition.whole(hidden.sum(2) / lengths[..., None])
 
 
-def of_trunk(source: str, *, dtype: Any = "float32", batch_size: int = 16) -> Featurize:
+def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
     """Features are hidden states of a separate encoder that reads prompt and response together.
 
     A BERT reads them as a pair of sentences: [CLS] prompt [SEP] response [SEP]. Its features are the mean of the last

@@ -68,7 +68,7 @@ def check_language_model(config: Config) -> ModelConfig:
     return config
 
 
-def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, dtype: str = "float32") -> Policy:
+def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, *, dtype: str) -> Policy:
     """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
 
     Args:

@@ -234,7 +234,7 @@ class PolicyServers(Protocol):
           max_new_tokens: T.
           eos_ids: tokens that end a response.
           vocab_size: responses have smaller ids.
-          temperature, top_k, top_p: as in `sea_jax.actors.generation.SamplingConfig`.
+          temperature, top_k, top_p: as in `sea_jax.actors.generation.GenerationConfig`.
 
         Returns:
           B lists of M.

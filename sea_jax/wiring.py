@@ -111,7 +111,7 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True) -> Parts:
     """
     records = read_sources(config)
     loaded = load_policy(
-        config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, config.policy.dtype
+        config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype
     )
     check_mesh(config, mesh, loaded.config, training=training)
     train_prompts, heldout_prompts = load_prompts(config.data, loaded.tokenizer, config.eval.num_prompts, records)

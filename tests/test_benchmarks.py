@@ -58,7 +58,9 @@ class Small(NamedTuple):
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     directory = tmp_path_factory.mktemp("models")
     tiny_random.write(directory / "policy", "tiny-random-llama")
-    policy = load_policy(str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer)
+    policy = load_policy(
+        str(directory / "policy"), train_last_layers=0, feature_layer=SIZES.feature_layer, dtype="float32"
+    )
     config = EncoderConfig(
         family="bert",
         vocab_size=policy.config.vocab_size,

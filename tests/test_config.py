@@ -1,9 +1,10 @@
+import ast
 import importlib
 import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_collections
@@ -342,12 +343,17 @@ def test_a_file_of_an_older_version_means_what_it_meant_then(config, caplog):
     assert (found.method, found.checkpoint.keep) == ("sea", 2)
     assert "run/config.json is older than method, checkpoint.keep" in caplog.text
 
+
+def test_a_newer_field_takes_the_value_that_there_was_before_it(config, monkeypatch):
     @dataclass(frozen=True)
-    class Later:
+    class Later(RunSettings):
         patience: int = settings.setting(3, "asked again so often", before=1)
 
-    (field,) = fields(Later)
-    assert (field.default, field.metadata["before"]) == (3, 1)
+    saved = json.loads(configuration.to_json(configuration.resolve(config)))
+    monkeypatch.setattr(configuration, "RunSettings", Later)
+    assert Later().patience == 3
+    assert vars(configuration.from_json(saved, "config.json"))["patience"] == 1
+    assert vars(configuration.from_json(saved | {"patience": 2}, "config.json"))["patience"] == 2
 
 
 def test_a_field_that_is_gone_and_a_value_of_another_kind_are_named(config):
@@ -368,10 +374,46 @@ def test_the_table_of_settings_says_all_and_stands_in_the_docs(config):
         in table
     )
     assert "| `data.batch_size` | int | `128` | b, prompts per step | 1 or more |  | paper, App. F |" in table
+    assert r"(1 / N) \|\|phi_k - phi_k^0\|\|^2 of every head" in table  # whole, and no column of its own
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} == {8}
     printed = subprocess.run(
         [sys.executable, "-m", "sea_jax.config"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert (ROOT / "docs" / "settings.md").read_text() == printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "file"), [("train", "quickstart"), ("sft", "quickstart_sft"), ("memory", "quickstart")]
+)
+def test_every_program_prints_the_settings_and_loads_no_model(program, file):
+    command = [sys.executable, "-m", f"sea_jax.{program}", f"--config=configs/{file}.py", "--help_config"]
+    overrides = ["--config.policy.source=/no/such/model", "--config.data.batch_size=0"]
+    printed = subprocess.run([*command, *overrides], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    names = re.findall(r"(?m)^\| `([^`]+)`", printed)
+    assert names == [name for name, _, _ in settings.walk(SftSettings() if program == "sft" else RunSettings())]
+    assert "| `policy.source` | str | `''`, here `'/no/such/model'` |" in printed
+    assert "| `data.batch_size` | int | `128`, here `0` | b, prompts per step | 1 or more |" in printed
+
+
+def test_no_function_has_a_default_of_its_own_for_a_setting():
+    """What means "without" aside; the losses have their papers' own, models know no settings, `setting` tells of others."""
+    names = {name.split(".")[-1] for name, _, _ in [*settings.walk(RunSettings()), *settings.walk(SftSettings())]}
+    found = []
+    for path in sorted((ROOT / "sea_jax").rglob("*.py")):
+        if path.name in ("losses.py", "settings.py") or "models" in path.parts:
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            positional, keyword = function.args.posonlyargs + function.args.args, function.args.kwonlyargs
+            defaults = [None] * (len(positional) - len(function.args.defaults)) + function.args.defaults
+            given = zip(positional + keyword, defaults + function.args.kw_defaults, strict=True)
+            found += [
+                f"{path.stem}.{function.name}({argument.arg}={ast.unparse(default)})"
+                for argument, default in given
+                if argument.arg in names and default and ast.unparse(default) not in ("0", "''", "None", "False")
+            ]
+    assert found == []
 
 
 def test_a_configuration_file_needs_no_tokenizers_and_no_readers_of_data():

@@ -86,7 +86,9 @@ def by_hand(trunk: Path, prompt: list[str], response: list[str]) -> np.ndarray:
 
 def test_a_trunk_reads_prompt_and_response_as_a_pair_and_averages_over_the_response(trunk: Path) -> None:
     batch = {"prompt": ["why is sea salt", "wet"]}
-    found = features.of_trunk(str(trunk))(batch, NOTHING, [["it is", "salt"], ["sea", ""]])
+    found = features.of_trunk(str(trunk), dtype="float32", batch_size=16)(
+        batch, NOTHING, [["it is", "salt"], ["sea", ""]]
+    )
     assert found.shape == (2, 2, 8)
     for row, prompt in enumerate(batch["prompt"]):
         for column, response in enumerate([["it is", "salt"], ["sea", ""]][row]):
@@ -96,7 +98,9 @@ def test_a_trunk_reads_prompt_and_response_as_a_pair_and_averages_over_the_respo
 
 def test_an_over_long_prompt_loses_its_beginning_and_the_response_stays_whole(trunk: Path) -> None:
     prompt = ["sea", "salt", "why", "wet"] * 5
-    (found,) = features.of_trunk(str(trunk))({"prompt": [" ".join(prompt)]}, NOTHING, [["it is wet"]])
+    (found,) = features.of_trunk(str(trunk), dtype="float32", batch_size=16)(
+        {"prompt": [" ".join(prompt)]}, NOTHING, [["it is wet"]]
+    )
     expected = by_hand(trunk, prompt[-10:], ["it", "is", "wet"])  # 16 positions: [CLS] 10 [SEP] 3 [SEP]
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
@@ -131,7 +135,8 @@ def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
 
 
 def test_a_decoder_is_refused_as_a_trunk() -> None:
-    for refuses in (features.of_trunk, features.trunk_width):
+    of_trunk = partial(features.of_trunk, dtype="float32", batch_size=16)
+    for refuses in (of_trunk, features.trunk_width):
         with pytest.raises(ValueError, match=r"expected a BERT or DeBERTa"):
             refuses("builtin:tiny-random-llama")
 
@@ -159,7 +164,7 @@ def at_prefixes(directory: Path, prompt: str, response: str) -> np.ndarray:
 
 def test_a_pair_ranker_gives_the_hidden_states_of_both_prefix_tokens(pair_ranker: Path) -> None:
     prompts, texts = ["Why is the sea salt?", "Wet?" * 40], [["Rivers.", "", "It is." * 30], ["Yes", "No", "é"]]
-    found = features.of_trunk(str(pair_ranker), batch_size=4)({"prompt": prompts}, NOTHING, texts)
+    found = features.of_trunk(str(pair_ranker), batch_size=4, dtype="float32")({"prompt": prompts}, NOTHING, texts)
     assert found.shape == (2, 3, features.trunk_width(str(pair_ranker))) == (2, 3, 64)
     for row, prompt in enumerate(prompts):
         for column, response in enumerate(texts[row]):
@@ -172,15 +177,19 @@ def test_a_pair_ranker_gives_the_hidden_states_of_both_prefix_tokens(pair_ranker
     ids=["both too long", "prefix tokens in the texts"],
 )
 def test_a_pair_ranker_cuts_ends_and_is_not_misled(pair_ranker: Path, prompt: str, response: str) -> None:
-    (found,) = features.of_trunk(str(pair_ranker), batch_size=1)({"prompt": [prompt]}, NOTHING, [[response]])
+    (found,) = features.of_trunk(str(pair_ranker), batch_size=1, dtype="float32")(
+        {"prompt": [prompt]}, NOTHING, [[response]]
+    )
     np.testing.assert_allclose(found[0], at_prefixes(pair_ranker, prompt, response), atol=2e-5)
 
 
 def test_bfloat16_features_are_float32_and_near(pair_ranker: Path) -> None:
     pair: tuple = ({"prompt": ["sea"]}, NOTHING, [["salt", "wet"]])
-    found = features.of_trunk(str(pair_ranker), dtype="bfloat16")(*pair)
+    found = features.of_trunk(str(pair_ranker), dtype="bfloat16", batch_size=16)(*pair)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, features.of_trunk(str(pair_ranker))(*pair), atol=0.15)
+    np.testing.assert_allclose(
+        found, features.of_trunk(str(pair_ranker), dtype="float32", batch_size=16)(*pair), atol=0.15
+    )
 
 
 def test_a_deberta_without_the_tokens_of_a_pair_ranker_is_refused(pair_ranker: Path, tmp_path: Path) -> None:
@@ -189,4 +198,4 @@ def test_a_deberta_without_the_tokens_of_a_pair_ranker_is_refused(pair_ranker: P
     file.write_text(file.read_text().replace("<|candidate|>", "<|other|>"))
     message = r"its tokenizer has no token <\|candidate\|>; a DeBERTa trunk needs both"
     with pytest.raises(ValueError, match=message):
-        features.of_trunk(str(tmp_path / "trunk"))
+        features.of_trunk(str(tmp_path / "trunk"), dtype="float32", batch_size=16)

@@ -59,8 +59,8 @@ def test_it_learns_and_writes_a_policy_that_loads(
     run_main(settings, monkeypatch)
     before, after = (float(number) for number in capsys.readouterr().out.split(" nats")[0].split()[-3::2])
     assert after < before - 0.5
-    loaded = load_policy(str(tmp_path / "policy"), train_last_layers=1)
-    source = load_policy("builtin:tiny-random-llama", train_last_layers=1)
+    loaded = load_policy(str(tmp_path / "policy"), train_last_layers=1, dtype="float32")
+    source = load_policy("builtin:tiny-random-llama", train_last_layers=1, dtype="float32")
     np.testing.assert_array_equal(loaded.frozen["embed"], source.frozen["embed"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), loaded.reference, source.reference)
     assert all(jax.tree.leaves(changed))
@@ -72,7 +72,7 @@ def test_it_learns_and_writes_a_policy_that_loads(
 
 
 def made_with(target: Path) -> int:
-    load_policy(str(target), train_last_layers=1)
+    load_policy(str(target), train_last_layers=1, dtype="float32")
     return json.loads((target / sft.RECIPE).read_text())["seed"]
 
 
@@ -128,7 +128,7 @@ def test_what_a_link_points_to_is_replaced(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_microbatches_change_nothing_but_the_memory() -> None:
-    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1)
+    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1, dtype="float32")
     rng = np.random.default_rng(0)
     prompts = Prompts(jnp.asarray(rng.integers(3, 200, (8, 64)), jnp.int32), jnp.ones((8, 64), bool))
     tokens = jnp.asarray(rng.integers(3, 200, (8, 1, 16)), jnp.int32)
@@ -163,7 +163,7 @@ def test_a_space_stands_between_words_and_nowhere_else(byte_tokenizer: Tokenizer
 
 
 def test_the_loss_is_the_mean_over_reference_tokens() -> None:
-    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1)
+    policy = load_policy("builtin:tiny-random-llama", train_last_layers=1, dtype="float32")
     prompts = Prompts(jnp.array([[5, 6, 7], [0, 9, 9]]), jnp.array([[True] * 3, [False, True, True]]))
     tokens, lengths = jnp.array([[[8, 9, 0, 0]], [[3, 4, 5, 0]]]), jnp.array([[3], [4]])
     learner_config = tiny.learner_config(microbatch_size=2)

@@ -29,7 +29,7 @@ def test_an_oracle_of_the_wrong_kind(kind, field, message):
 
 def test_a_decoder_as_a_trunk():
     with pytest.raises(ValueError, match=rf"config\.erm\.trunk={LLAMA}: expected a BERT or DeBERTa"):
-        features.width(FeatureSettings(trunk=LLAMA), load_policy(LLAMA, train_last_layers=0))
+        features.width(FeatureSettings(trunk=LLAMA), load_policy(LLAMA, train_last_layers=0, dtype="float32"))
 
 
 def test_policies_of_the_wrong_kind(tmp_path):
@@ -39,6 +39,6 @@ def test_policies_of_the_wrong_kind(tmp_path):
     ):
         tiny_random.write(tmp_path / kind, kind)
         with pytest.raises(ValueError, match=rf"config\.policy\.source={tmp_path / kind}: .*{message}"):
-            load_policy(str(tmp_path / kind), train_last_layers=0)
+            load_policy(str(tmp_path / kind), train_last_layers=0, dtype="float32")
     with pytest.raises(ValueError, match=r"config\.policy\.source=cache:nobody-made-it: there is no .*sea_jax\.sft"):
-        load_policy("cache:nobody-made-it", train_last_layers=0)
+        load_policy("cache:nobody-made-it", train_last_layers=0, dtype="float32")

@@ -111,7 +111,7 @@ def bridge(
     config: ModelConfig,
     sampling: GenerationConfig,
     *,
-    weights_dtype: str = "bfloat16",
+    weights_dtype: str,
 ) -> Generate:
     """Servers write, with weights that they are given when theirs are others.
 

@@ -64,7 +64,7 @@ class EngineResponder:
         *,
         max_logprob_gap: float,
         initial: Params,
-        sync_every: int = 1,
+        sync_every: int,
         next_batch: Callable[[int], tuple[Prompts, PRNGKeyArray]] | None = None,
     ) -> None:
         """Takes the parts.

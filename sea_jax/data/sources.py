@@ -117,7 +117,7 @@ def parquet_rows(file: Path, prompt_field: str, reference_field: str) -> Iterato
 
 
 def huggingface(
-    path: str, prompt_field: str, reference_field: str = "", *, split: str = "train", subset: str = ""
+    path: str, prompt_field: str, reference_field: str = "", *, split: str, subset: str = ""
 ) -> list[Record]:
     """Reads prompts from one split of a data set in Hugging Face format (https://huggingface.co/docs/datasets/loading).
 
@@ -180,9 +180,7 @@ def ask_hub(name: str) -> None:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
 
 
-def tfds(
-    path: str, prompt_field: str, reference_field: str = "", *, split: str = "train", directory: str = ""
-) -> list[Record]:
+def tfds(path: str, prompt_field: str, reference_field: str = "", *, split: str, directory: str = "") -> list[Record]:
     """Reads prompts from one split of a prepared TFDS data set (https://www.tensorflow.org/datasets/data_source).
 
     Args:

@@ -68,7 +68,7 @@ CHANGED = len(hf.to_tensors(tiny.CONFIG, TRAINED, last_part=True))
 
 
 def write(servers: Fake, *versions: int, **options: Any) -> Any:
-    generate = bridge(servers, FROZEN, tiny.CONFIG, HOW, **options)
+    generate = bridge(servers, FROZEN, tiny.CONFIG, HOW, **{"weights_dtype": "bfloat16"} | options)
     for version in versions:
         candidates = generate(TRAINED, tiny.prompts(3, 8), jax.random.key(1), version)
     return candidates
@@ -91,7 +91,7 @@ def test_candidates_are_padded_as_those_of_this_process_are():
 
 def test_what_is_asked_for_depends_on_the_prompts_and_the_key_alone():
     servers = Fake()
-    generate = bridge(servers, FROZEN, tiny.CONFIG, HOW)
+    generate = bridge(servers, FROZEN, tiny.CONFIG, HOW, weights_dtype="bfloat16")
     batch = tiny.prompts(3, 8)
     for key, version in ((1, 0), (1, 5), (2, 5)):
         generate(TRAINED, batch, jax.random.key(key), version)
@@ -124,7 +124,7 @@ def test_weights_are_pushed_when_they_have_changed_and_only_what_has_changed():
 
 def test_where_everything_is_trained_everything_is_pushed():
     servers = Fake()
-    generate = bridge(servers, *decoder.divide(tiny.params(), None)[:1], tiny.CONFIG, HOW)
+    generate = bridge(servers, *decoder.divide(tiny.params(), None)[:1], tiny.CONFIG, HOW, weights_dtype="bfloat16")
     for version in (0, 1):
         generate(tiny.params(), tiny.prompts(3), jax.random.key(0), version)
     assert [push[2:] for push in servers.pushes] == [(None, EVERYTHING)] * 2

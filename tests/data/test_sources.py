@@ -186,22 +186,22 @@ def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 @pytest.mark.parametrize("layout", ["hub", "splits", "split"])
 def test_a_data_set_gives_the_records_of_json_lines(on_disk: Callable[[str], str], layout: str) -> None:
     path = on_disk(layout)
-    assert sources.huggingface(path, "post", "summary") == RECORDS
+    assert sources.huggingface(path, "post", "summary", split="train") == RECORDS
     if layout != "split":
         assert [one["prompt"] for one in sources.huggingface(path, "post", split="validation")] == ["held"]
     known = r"\['train'\]" if layout == "split" else r"\['train', 'validation'\]"
     with pytest.raises(ValueError, match=rf"\(data\.path\), split 'test': Unknown split .*{known}\.$"):
         sources.huggingface(path, "post", split="test")
     with pytest.raises(ValueError, match=r"split train: no field 'text' \(data.prompt_field\); there are: 'post', "):
-        sources.huggingface(path, "text")
+        sources.huggingface(path, "text", split="train")
 
 
 def test_a_data_set_with_several_configurations_needs_one_named(on_disk: Callable[[str], str]) -> None:
     path = on_disk("configurations")
-    assert [one["prompt"] for one in sources.huggingface(path, "post", subset="short")] == ["two"]
+    assert [one["prompt"] for one in sources.huggingface(path, "post", subset="short", split="train")] == ["two"]
     for subset in ("", "middle"):
         with pytest.raises(ValueError, match=r"\(data\.path\).*'long', 'short'"):
-            sources.huggingface(path, "post", subset=subset)
+            sources.huggingface(path, "post", subset=subset, split="train")
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_a_directory_that_holds_no_data_set(
     for name, content in files.items():
         (directory / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^{directory} \(data\.path\), split 'train': .*{reason}.*$"):
-        sources.huggingface(str(directory), "post")
+        sources.huggingface(str(directory), "post", split="train")
 
 
 def test_a_path_that_is_no_directory_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
     for path in (f"{tmp_path}/none", "./none", "a/b/c", f"{tmp_path}/a.parquet"):
         with pytest.raises(FileNotFoundError, match=r"is not a directory; .* with data\.source=parquet"):
-            sources.huggingface(path, "post")
+            sources.huggingface(path, "post", split="train")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_error_at_once(
@@ -244,7 +244,7 @@ def test_a_hub_that_cannot_be_reached_is_one_error_at_once(
     start = time.monotonic()
     message = r"^'nobody/nothing-of-this-name' is no directory here, .*\(no route to it\); .* with data\.source=parquet"
     with pytest.raises(FileNotFoundError, match=message) as error:
-        sources.huggingface("nobody/nothing-of-this-name", "post")
+        sources.huggingface("nobody/nothing-of-this-name", "post", split="train")
     assert len(str(error.value).splitlines()) == 1
     assert asked == ["nobody/nothing-of-this-name"]
     assert time.monotonic() - start < 20
@@ -279,7 +279,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_prepared_tfds_data_set_gives_the_records_of_json_lines(prepared: Path) -> None:
-    assert sources.tfds("posts", "post", "summary", directory=str(prepared)) == RECORDS
+    assert sources.tfds("posts", "post", "summary", directory=str(prepared), split="train") == RECORDS
     held = sources.tfds("posts:1.0.0", "post", split="validation", directory=str(prepared))
     assert held == [{"id": "8", "prompt": "two", "reference": ""}]
     assert "tensorflow" not in sys.modules
@@ -289,7 +289,7 @@ def test_a_tfds_split_or_feature_that_is_not_there(prepared: Path) -> None:
     with pytest.raises(ValueError, match=r"split 'test': Unknown split 'test'\. Should be one of \['train', 'valid"):
         sources.tfds("posts", "post", split="test", directory=str(prepared))
     with pytest.raises(ValueError, match=r"^posts, split train: no field 'text' .*; there are: .*'summary'"):
-        sources.tfds("posts", "text", directory=str(prepared))
+        sources.tfds("posts", "text", directory=str(prepared), split="train")
 
 
 @pytest.mark.parametrize("name", ["reddit", "posts/long", "no_such_data_set", "no name"])
@@ -297,7 +297,7 @@ def test_a_tfds_data_set_that_is_not_prepared_is_not_fetched(prepared: Path, nam
     start = time.monotonic()
     message = rf"^the TFDS data set '{name}' .* is not prepared in {prepared} .*download_and_prepare\(\) prepares it$"
     with pytest.raises(FileNotFoundError, match=message):
-        sources.tfds(name, "post", directory=str(prepared))
+        sources.tfds(name, "post", directory=str(prepared), split="train")
     assert time.monotonic() - start < 20
 
 
@@ -306,4 +306,4 @@ def test_a_tfds_data_set_in_a_format_that_needs_tensorflow(prepared: Path, tmp_p
     description = tmp_path / "copy/posts/1.0.0/dataset_info.json"
     description.write_text(description.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(ValueError, match=r"^posts .* is prepared as tfrecord, .*file_format='array_record'"):
-        sources.tfds("posts", "post", directory=str(tmp_path / "copy"))
+        sources.tfds("posts", "post", directory=str(tmp_path / "copy"), split="train")
