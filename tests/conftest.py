@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from tests.support import shapes  # noqa: F401  # before anything of sea_jax, so that its annotations are checked
+from tests.support import shapes  # before anything of sea_jax, so that its annotations are checked
 
-# isort: split
-from sea_jax.models import tokenizer
-from sea_jax.models.checkpoints import builtin
-from sea_jax.runtime import cache
+shapes.admit_host_arrays()
+
+from sea_jax.models import tokenizer  # noqa: E402
+from sea_jax.models.checkpoints import builtin  # noqa: E402
+from sea_jax.runtime import cache  # noqa: E402
 
 cache.keep_compiled_programs()
 # As many as the meshes of tests/models/test_mesh.py need; what sets no mesh uses the first alone.

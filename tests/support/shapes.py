@@ -1,6 +1,7 @@
 """Checks the shapes and dtypes of the annotations in every call that a test makes; imported before any of sea_jax."""
 
 import functools
+import importlib
 import sys
 import typing
 from collections.abc import Callable
@@ -69,3 +70,12 @@ def _caller() -> str:
 
 
 jaxtyping.install_import_hook(MODULES, f"{__name__}.checked")
+
+
+def admit_host_arrays() -> None:
+    """Lets functions be called with arrays of the host, which for their shapes makes no difference; pytrees stay strict.
+
+    To be called before any other module of sea_jax is imported: they take the name from `sea_jax.types`.
+    """
+    types = importlib.import_module("sea_jax.types")
+    types.Array = types.AnyArray  # type: ignore[attr-defined]
