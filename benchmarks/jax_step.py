@@ -76,8 +76,12 @@ class JaxStep:
     def candidates(self) -> Candidates:
         """The given responses, as the sampler hands them on."""
         responses, lengths = jnp.asarray(self.inputs.responses), jnp.asarray(self.inputs.lengths)
-        nothing = jnp.zeros(())
-        return Candidates(tokens=responses, lengths=lengths, logprobs=nothing, features=nothing)
+        return Candidates(
+            tokens=responses,
+            lengths=lengths,
+            logprobs=jnp.zeros(responses.shape),
+            features=jnp.zeros((*lengths.shape, 0)),
+        )
 
     def generate(self, seed: int, new_tokens: int, greedy: bool = False) -> np.ndarray:
         """Writes M responses to each prompt, all of the same length; greedy: one.

@@ -15,6 +15,7 @@ import pytest
 from configs import tldr
 from sea_jax import ensemble, features, memory, wiring
 from sea_jax.actors import generation
+from sea_jax.config import RunSettings, resolve, unchecked
 from sea_jax.data.prompts import evaluation_batches
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_what_is_held_is_what_a_run_puts_on_each_device(shape: tuple[int, ...], tmp_path: Path) -> None:
     sharded_run.write_models(tmp_path)
-    config = sharded_run.configured(shape, tmp_path)
+    config = resolve(sharded_run.configured(shape, tmp_path))
     mesh = make_mesh(shape)
     with jax.set_mesh(mesh):
         held, steps = memory.measure(config, mesh)
@@ -44,6 +45,13 @@ def test_what_is_held_is_what_a_run_puts_on_each_device(shape: tuple[int, ...], 
     assert held["ERM heads and replay"] == first_device_bytes((state.ensemble, state.replay))
     assert {step.name for step in steps} == {"train", "sample", "evaluate", "features", "ERM", "score"}
     assert all(step.temporary_bytes > 0 for step in steps)
+
+
+def settings_of(config: ml_collections.ConfigDict) -> RunSettings:
+    """Settings that need not work together: what is measured here does not run."""
+    settings = unchecked(config)
+    assert isinstance(settings, RunSettings)
+    return settings
 
 
 Planned = tuple[dict[str, int], dict[str, Callable[[], Any]]]  # bytes that are held; what lowers each step
@@ -78,7 +86,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, mesh: jax.sharding.Mesh) -> Callable[[
             return memory.Step(name, 1, cache_bytes, 0.0)
 
         monkeypatch.setattr(memory, "compiled", note)
-        return memory.measure(config, mesh)[0], lowers
+        return memory.measure(settings_of(config), mesh)[0], lowers
 
     return planned
 
@@ -126,15 +134,16 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
     compiled, calls = calls, set()
     assert len(compiled) == 5
 
-    parts = wiring.parts(config, mesh)
+    settings = settings_of(config)
+    parts = wiring.parts(settings, mesh)
     trained, key = parts.policy.reference, jax.random.key(0)
     batch, _ = next(evaluation_batches(parts.train_prompts, batch_size=8, **parts.padding(32)))
-    with wiring.responder(config, parts, lambda number: batch, Path()) as responder:
+    with wiring.responder(settings, parts, lambda number: batch, Path()) as responder:
         asked = Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"]))
         candidates, _ = responder.respond(0, trained, asked, key, 0)
     parts.features(batch, candidates, ())
-    heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
-    heads = ensemble.init(config.erm, parts.num_features, key)
+    heldout = wiring.heldout_evaluation(settings, parts, settings.eval.best_of_n)
+    heads = ensemble.init(settings.erm, parts.num_features, key)
     heldout.best_of_n(trained, heads, 0)
     assert calls == compiled
 

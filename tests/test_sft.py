@@ -49,6 +49,7 @@ def configured(output: Path, **fields: Any) -> ml_collections.ConfigDict:
 def run_main(settings: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "CONFIG", SimpleNamespace(value=settings))
     monkeypatch.setattr(console, "DETERMINISTIC", SimpleNamespace(value=False))
+    monkeypatch.setattr(console, "HELP_CONFIG", SimpleNamespace(value=False))
     sft.main()
 
 

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sea_jax import agent, train, wiring
+from sea_jax.config import resolve
 from sea_jax.models import partition
 from sea_jax.models.mesh import make_mesh, resolve_mesh
 from sea_jax.oracles.ledger import Ledger
@@ -110,7 +111,7 @@ def cubic() -> Iterator[jax.sharding.Mesh]:
 def test_policy_reference_optimiser_and_replay_are_divided_and_so_is_what_is_restored(
     cubic: jax.sharding.Mesh, models: Path, tmp_path: Path
 ) -> None:
-    config = sharded_run.configured((2, 2, 2), models)
+    config = resolve(sharded_run.configured((2, 2, 2), models))
     parts = wiring.parts(config, cubic)
     state = wiring.initial_state(config, parts, total_steps=10)
     with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
@@ -208,5 +209,5 @@ def test_a_run_on_a_mesh_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bi
 
 
 def test_a_run_does_not_go_on_on_another_mesh(on_one_device: Path, models: Path) -> None:
-    with pytest.raises(ValueError, match=r"config.mesh: \[1, 1, 1\] in the work directory, \[2, 1, 1\] now"):
+    with pytest.raises(ValueError, match=r"config.mesh: \(1, 1, 1\) in the work directory, \(2, 1, 1\) now"):
         train.train(sharded_run.configured((2, 1, 1), models), on_one_device)

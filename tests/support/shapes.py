@@ -35,7 +35,7 @@ MODULES = (
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Checks the arrays among arguments and results; what else the annotations say is the static type checker's.
 
-    What JAX itself puts into a pytree is not looked at: it makes them of placeholders, and of arrays with axes before
+    What JAX and Orbax put into a pytree is not looked at: they make them of placeholders, and of arrays with axes before
     those that the fields name (scan, tree.map).
     """
     function.__annotations__ = {
@@ -47,7 +47,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def unless_by_jax(*arguments: Any, **named: Any) -> Any:
-        return None if _caller().startswith("jax.") else check(*arguments, **named)
+        return None if _caller().startswith(("jax.", "orbax.")) else check(*arguments, **named)
 
     return unless_by_jax
 
