@@ -32,11 +32,14 @@ MODULES = (
 )
 
 
+# Who makes pytrees of shapes without arrays, or of arrays with axes before those that the fields name (scan, tree.map).
+PLACEHOLDERS = ("jax.", "orbax.", "sea_jax.memory")
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Checks the arrays among arguments and results; what else the annotations say is the static type checker's.
 
-    What JAX and Orbax put into a pytree is not looked at: they make them of placeholders, and of arrays with axes before
-    those that the fields name (scan, tree.map).
+    What PLACEHOLDERS put into a pytree is not looked at.
     """
     function.__annotations__ = {
         name: annotation if _names_arrays(annotation) else Any for name, annotation in function.__annotations__.items()
@@ -47,7 +50,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def unless_by_jax(*arguments: Any, **named: Any) -> Any:
-        return None if _caller().startswith(("jax.", "orbax.")) else check(*arguments, **named)
+        return None if _caller().startswith(PLACEHOLDERS) else check(*arguments, **named)
 
     return unless_by_jax
 
