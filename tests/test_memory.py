@@ -172,7 +172,8 @@ def test_where_servers_write_the_learner_checks_their_log_probs(
     assert "reward model" not in held
     assert held.get("policy copy for the engine", 0) == pytest.approx(copies * held["optimiser"] / 2, abs=8)  # a moment
     lowered = lowers["log-prob check"]()
-    assert lowered.out_info.shape == (8, 2, 8)  # two responses to each prompt of the whole batch
+    (own,) = lowered.out_info
+    assert own.shape == (8, 2, 8)  # two responses to each prompt of the whole batch
     assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
 
 
