@@ -231,7 +231,7 @@ def final(params: Params, config: ModelConfig, hidden: Float[Array, "*N d"]) -> 
     return _norm(hidden, params["final_norm"], config)
 
 
-def unembedding(params: Params) -> Float[AnyArray, "V d"]:
+def unembedding(params: Params) -> Float[Array, "V d"]:
     """The matrix whose rows score the tokens, the embeddings themselves where they are tied."""
     return params["unembed"] if "unembed" in params else params["embed"]
 
