@@ -138,7 +138,7 @@ def response_features(
     *,
     config: ModelConfig,
     feature_stack: int | None,
-    dtype: str = "float32",
+    dtype: str,
 ) -> Float32[Array, "B M d"]:
     """Returns the mean hidden state over each response's tokens, read from a model that did not write them.
 

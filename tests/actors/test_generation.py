@@ -112,7 +112,13 @@ def test_features_are_the_mean_hidden_state_of_the_response(params, prompts, can
 
 def read_again(params: Params, prompts: Prompts, written: Candidates, feature_stack: int | None) -> Array:
     return features.response_features(
-        params, prompts, written.tokens, written.lengths, config=tiny.CONFIG, feature_stack=feature_stack
+        params,
+        prompts,
+        written.tokens,
+        written.lengths,
+        config=tiny.CONFIG,
+        feature_stack=feature_stack,
+        dtype="float32",
     )
 
 
