@@ -303,9 +303,8 @@ def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = ""
     metrics: Metrics = {}
     with timed(metrics, "actor/generate_time"):
         proposal, state = propose(agent, state, keys, metrics)  # lines 3 and 4
-        duel = agent.rule(
-            proposal.rewards, proposal.distinct, keys["duel"], **_pick_seen(proposal, agent.rule)
-        )  # 5 to 7
+        seen = _pick_seen(proposal, agent.rule)
+        duel = agent.rule(proposal.rewards, proposal.distinct, keys["duel"], **seen)  # lines 5 to 7
     with timed(metrics, "actor/oracle_time"):
         assignment = _apply_limits(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
         duel = assignment.duel

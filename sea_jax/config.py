@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args
 
 import ml_collections
 from absl import logging
@@ -72,16 +72,13 @@ class RunSettings:
 
     def faults(self) -> Iterator[str]:
         """Yields a line for everything in different parts that does not go together."""
-        batch_size, sampling, actor, planning = (
-            self.data.batch_size,
-            self.sampling,
-            self.actor,
-            self.exploration.planning_steps,
-        )
+        batch_size, planning = self.data.batch_size, self.exploration.planning_steps
+        sampling, actor = self.sampling, self.actor
         yield from indivisible(self.data, self.learner)
         if sampling.batch_size and batch_size % sampling.batch_size:
-            found = sampling.batch_size
-            yield f"config.sampling.batch_size={found}: must divide config.data.batch_size={batch_size}, or be 0"
+            yield (
+                f"config.sampling.batch_size={sampling.batch_size}: must divide config.data.batch_size={batch_size}, or be 0"
+            )
         if self.eval.against_references and self.data.source != "docstrings" and not self.data.reference_field:
             yield (
                 "config.eval.against_references=True: data.reference_field must name the field that holds the references"
@@ -89,9 +86,8 @@ class RunSettings:
         if actor.lag == 1 and planning:
             yield "config.actor.lag=1: exploration.planning_steps must be 0, planning asks the newest policy"
         if actor.kind == "bridge" and not 0.01 <= sampling.temperature <= 2:
-            found_temperature = sampling.temperature
             yield (
-                f"config.sampling.temperature={found_temperature}: engines draw at 0.01 to 2; actor.kind=bridge needs such "
+                f"config.sampling.temperature={sampling.temperature}: engines draw at 0.01 to 2; actor.kind=bridge needs such "
                 "a one"
             )
         if actor.sync_every > 1 and planning:
@@ -159,14 +155,13 @@ def editable(whole: RunSettings | SftSettings) -> ml_collections.ConfigDict:
     """Returns settings as a locked ConfigDict that files and flags can change."""
 
     def part(own: Any) -> ml_collections.ConfigDict:
-        hints = get_type_hints(type(own))
         config = ml_collections.ConfigDict()
         for field in dataclasses.fields(own):
             value = getattr(own, field.name)
             if dataclasses.is_dataclass(value):
                 config[field.name] = part(value)
             elif value is None:  # typed all the same, so that a flag knows what it reads
-                config[field.name] = config_dict.placeholder(hints[field.name].__args__[0])
+                config[field.name] = config_dict.placeholder(get_args(field.type)[0])
             else:
                 config[field.name] = value
         return config
@@ -176,8 +171,7 @@ def editable(whole: RunSettings | SftSettings) -> ml_collections.ConfigDict:
 
 def unchecked(config: ml_collections.ConfigDict) -> RunSettings | SftSettings:
     """Returns the settings that a configuration of either kind holds, whatever they are."""
-    kind = SftSettings if "output" in config else RunSettings
-    return _built(kind, config.copy_and_resolve_references().to_dict())
+    return _read(SftSettings if "output" in config else RunSettings, config)
 
 
 def resolve(config: ml_collections.ConfigDict) -> RunSettings:
@@ -189,12 +183,12 @@ def resolve(config: ml_collections.ConfigDict) -> RunSettings:
     Raises:
       ValueError: one line per value that cannot work: its name, what was found, what would do.
     """
-    return checked(_built(RunSettings, config.copy_and_resolve_references().to_dict()))
+    return checked(_read(RunSettings, config))
 
 
 def resolve_sft(config: ml_collections.ConfigDict) -> SftSettings:
     """Returns the settings that a configuration of supervised fine-tuning holds; raises as `resolve` does."""
-    return checked(_built(SftSettings, config.copy_and_resolve_references().to_dict()))
+    return checked(_read(SftSettings, config))
 
 
 def checked(whole: Settings) -> Settings:
@@ -204,14 +198,15 @@ def checked(whole: Settings) -> Settings:
     return whole
 
 
-def _built(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of settings from nested values."""
-    hints = get_type_hints(kind)
-    fields = {
-        name: _built(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
-        for name, value in values.items()
-    }
-    return kind(**fields)
+def _read(kind: Any, config: ml_collections.ConfigDict) -> Any:
+    """The dataclass of settings that a configuration's values stand for."""
+
+    def part(own: Any, values: Mapping[str, Any]) -> Any:
+        kinds = {field.name: field.type for field in dataclasses.fields(own)}
+        nested = {name: dataclasses.is_dataclass(kinds[name]) for name in values}
+        return own(**{name: part(kinds[name], value) if nested[name] else value for name, value in values.items()})
+
+    return part(kind, config.copy_and_resolve_references().to_dict())
 
 
 # --------------------------------------------------------------------------------------------------------- The way to files
@@ -249,7 +244,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> RunSettings:
             config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: config.{name}={value!r}: {error}") from error
-    return _built(RunSettings, config.to_dict())
+    return _read(RunSettings, config)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

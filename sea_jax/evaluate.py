@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sea_jax import ensemble, wiring
 from sea_jax.config import RunSettings, checked
 from sea_jax.evaluation import Evaluation, Responses
-from sea_jax.models.mesh import make_mesh
+from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.policy import check_fingerprint, export_policy
 from sea_jax.runtime import cache, checkpoint, console, files, processes
 from sea_jax.runtime.console import WORKDIR, join_processes
@@ -70,15 +70,13 @@ def evaluate(
         check_export(export)
     settings = replace(
         settings,
-        actor=replace(
-            settings.actor, kind="in_process", lag=0
-        ),  # servers may be gone, or hold newer weights for the run
+        # Servers may be gone, or hold newer weights for the run itself.
+        actor=replace(settings.actor, kind="in_process", lag=0),
         eval=replace(settings.eval, num_prompts=num_prompts or settings.eval.num_prompts),
     )
     data, fsdp, tensor = mesh or fitting_mesh(settings)
     made = make_mesh(checked(replace(settings, mesh=(data, fsdp, tensor))).mesh)
-    data, fsdp, tensor = made.shape.values()
-    settings = replace(settings, mesh=(data, fsdp, tensor))
+    settings = replace(settings, mesh=mesh_sizes(made))
     with jax.set_mesh(made):
         evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export)
 

@@ -149,16 +149,7 @@ def max_margin(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"],
 
 
 def best_against_worst(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
-    """The pair that the ensemble's mean tells apart most: its best against its worst.
-
-    Args:
-      rewards: [K, B, M] float32.
-      distinct: [B, M, M] bool, whether two candidates' texts differ.
-      key: not used.
-
-    Returns:
-      Duel, [B]; the first is the better one under the mean.
-    """
+    """The pair that the ensemble's mean tells apart most: first its best, then its worst; needs no key."""
     reward = rewards.mean(0)
     return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 

@@ -20,7 +20,7 @@ from sea_jax.actors.generation import texts_of
 from sea_jax.actors.responder import resumable
 from sea_jax.config import RunSettings
 from sea_jax.data.prompts import training_batches
-from sea_jax.models.mesh import make_mesh
+from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles import oracle
 from sea_jax.policy import check_fingerprint
 from sea_jax.policy_logprobs import under_policy_and_reference
@@ -45,8 +45,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     settings = configuration.resolve(config)
     mesh = make_mesh(settings.mesh)
-    data, fsdp, tensor = mesh.shape.values()
-    settings = replace(settings, mesh=(data, fsdp, tensor))  # what -1 stood for, so that a run goes on where it fits
+    settings = replace(settings, mesh=mesh_sizes(mesh))  # what -1 stood for, so that a run goes on where it fits
     with jax.set_mesh(mesh):
         train_on(mesh, settings, workdir)
 

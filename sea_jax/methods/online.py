@@ -27,12 +27,11 @@ def online(settings: RunSettings) -> FillSlots:
 def needs_a_reward_model(settings: RunSettings) -> Iterator[str]:
     """One line per setting that asks for an ERM."""
     exploration = settings.exploration
-    for name, found, fits in (
-        ("exploration.rule", exploration.rule, exploration.rule == "passive"),
-        ("exploration.gamma", exploration.gamma, exploration.gamma == 1),
-        ("exploration.planning_steps", exploration.planning_steps, exploration.planning_steps == 0),
-        ("eval.best_of_n", settings.eval.best_of_n, settings.eval.best_of_n == 0),
+    for name, found, only in (
+        ("exploration.rule", exploration.rule, "passive"),
+        ("exploration.gamma", exploration.gamma, 1),
+        ("exploration.planning_steps", exploration.planning_steps, 0),
+        ("eval.best_of_n", settings.eval.best_of_n, 0),
     ):
-        if not fits:
-            fit = "passive" if name.endswith("rule") else 1 if name.endswith("gamma") else 0
-            yield f"config.{name}={found}: method=online has no reward model and takes only {fit}"
+        if found != only:
+            yield f"config.{name}={found}: method=online has no reward model and takes only {only}"

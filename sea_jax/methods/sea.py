@@ -48,9 +48,8 @@ def shared(exploration: ExplorationSettings) -> Assign:
         gamma = exploration.gamma if queries >= exploration.burn_in_queries else 1.0
         draws = jax.random.uniform(keys["gamma"], duel.first.shape)
         if exploration.erm_share == "fixed":
-            num_oracle = len(draws) - math.floor(
-                (1 - gamma) * len(draws) + 1e-9
-            )  # a tenth of ten is one, also in binary
+            num_erm = math.floor((1 - gamma) * len(draws) + 1e-9)  # a tenth of ten is one, also in binary
+            num_oracle = len(draws) - num_erm
             oracle_turn = draws.argsort().argsort() < num_oracle
         else:
             oracle_turn = draws < gamma

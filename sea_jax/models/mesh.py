@@ -54,6 +54,12 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(resolved, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
 
 
+def mesh_sizes(mesh: Mesh) -> tuple[int, int, int]:
+    """Returns how many devices there are along "data", "fsdp" and "tensor"."""
+    data, fsdp, tensor = (mesh.shape[name] for name in MESH_AXES)
+    return data, fsdp, tensor
+
+
 def check_divides(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, ModelConfig]) -> None:
     """Refuses batches and models that a mesh does not divide evenly.
 
@@ -65,7 +71,7 @@ def check_divides(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[st
     Raises:
       ValueError: one line per size that is not divided.
     """
-    data, fsdp, tensor = (mesh.shape[name] for name in MESH_AXES)
+    data, fsdp, tensor = mesh_sizes(mesh)
     faults = [
         f"config.{field}={size}: must be a multiple of {data * fsdp}, the mesh's data x fsdp"
         for field, size in batch_sizes.items()
@@ -81,5 +87,4 @@ def check_divides(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[st
             if size % count:
                 faults.append(f"config.{field}: its {size} {what} must be a multiple of {count}, the mesh's {axis}")
     if faults:
-        shape = tuple(mesh.shape[name] for name in MESH_AXES)
-        raise ValueError(f"config.mesh={shape} (data, fsdp, tensor) does not fit:\n" + "\n".join(faults))
+        raise ValueError(f"config.mesh={mesh_sizes(mesh)} (data, fsdp, tensor) does not fit:\n" + "\n".join(faults))
