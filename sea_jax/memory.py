@@ -36,7 +36,7 @@ from sea_jax.models.checkpoints.config_json import from_hf
 from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.mesh import make_mesh
 from sea_jax.models.parameters import Params
-from sea_jax.policy import check_language_model, divide_layers
+from sea_jax.policy import Division, check_language_model, divide_layers
 from sea_jax.replay import empty_replay
 from sea_jax.runtime import console
 from sea_jax.settings import naming
@@ -201,6 +201,107 @@ def compiled(name: str, step: Callable[[], Any], platform: str, cache_bytes: int
     return Step(name, temporary, cache_bytes, time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class ShapedRun:
+    """A run of which nothing is allocated.
+
+    Attributes:
+      config: its settings.
+      mesh: the one that is set.
+      model: the policy's configuration.
+      cut: where the policy's layers are divided.
+      frozen: shapes of the frozen part, as the reference's in the compute dtype.
+      reference: of the reference's trained part.
+      learner: of the policy's trained part and the optimiser.
+      learner_config: LearnerConfig.
+    """
+
+    config: RunSettings
+    mesh: Mesh
+    model: ModelConfig
+    cut: Division
+    frozen: Params
+    reference: Params
+    learner: learner.Learner
+    learner_config: learner.LearnerConfig
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def prompt_tokens(self) -> int:
+        """P of the longest bucket."""
+        return batching.rounded(self.config.data.max_prompt_tokens, self.config.data.bucket)
+
+    @property
+    def rows(self) -> int:
+        """Prompts that are answered at a time."""
+        return self.config.sampling.batch_size or self.config.data.batch_size
+
+    def shape(self, dtype: Any, *sizes: int) -> Any:
+        """A shape that is whole on every device."""
+        return whole(jax.ShapeDtypeStruct(sizes, dtype), self.mesh)
+
+    def prompts(self, rows: int) -> Prompts:
+        """B of them."""
+        sizes = rows, self.prompt_tokens
+        return Prompts(self.shape(jnp.int32, *sizes), self.shape(jnp.bool_, *sizes))
+
+    def responses(self, rows: int, samples: int, tokens: int) -> tuple[Any, Any]:
+        """Tokens and lengths."""
+        return self.shape(jnp.int32, rows, samples, tokens), self.shape(jnp.int32, rows, samples)
+
+    @property
+    def sampling(self) -> generation.GenerationConfig:
+        """How candidates are drawn."""
+        drawn = self.config.sampling
+        return generation.GenerationConfig(
+            num_samples=drawn.num_samples,
+            max_new_tokens=drawn.max_new_tokens,
+            eos_ids=(0,),
+            pad_id=0,
+            temperature=drawn.temperature,
+            top_k=drawn.top_k,
+            top_p=drawn.top_p,
+            feature_stack=self.cut.feature_stack,
+            dtype=self.config.policy.dtype,
+        )
+
+    @property
+    def best_of_n(self) -> generation.GenerationConfig:
+        """How an evaluation draws the responses that the ERM chooses from."""
+        evaluated = self.config.eval
+        return dataclasses.replace(
+            self.sampling, num_samples=evaluated.best_of_n, max_new_tokens=evaluated.max_new_tokens
+        )
+
+
+def shaped(config: RunSettings, mesh: Mesh) -> ShapedRun:
+    """Returns a run as shapes.
+
+    Raises:
+      ValueError: a model is not what its field wants, or the mesh does not divide something.
+    """
+    with naming("policy.source", config.policy.source):
+        model = check_language_model(describe(config.policy.source))
+    preflight.check_mesh(config, mesh, model, describe)
+    cut = divide_layers(model, config.policy.train_last_layers, config.erm.feature_layer)
+    frozen, trained = decoder.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
+    learner_config = learner.configured(config.learner, total_steps=1000, dtype=config.policy.dtype)
+    return ShapedRun(
+        config=config,
+        mesh=mesh,
+        model=model,
+        cut=cut,
+        frozen=partition.abstract(frozen, config.policy.dtype),
+        reference=partition.abstract(trained, config.policy.dtype),
+        learner=learner_of(partition.abstract(trained), learner_config, mesh),
+        learner_config=learner_config,
+    )
+
+
 def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]]:
     """Returns what a run holds on each device, and what its steps need besides.
 
@@ -214,132 +315,130 @@ def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]
     Raises:
       ValueError: a model is not what its field wants, or the mesh does not divide something.
     """
-    with naming("policy.source", config.policy.source):
-        model = check_language_model(describe(config.policy.source))
-    preflight.check_mesh(config, mesh, model, describe)
-    platform = mesh.devices.flat[0].platform
-    cut = divide_layers(model, config.policy.train_last_layers, config.erm.feature_layer)
-    frozen_specs, trained_specs = decoder.divide(decoder.abstract(model, cut.cuts), cut.num_trained_stacks)
-    trained = partition.abstract(trained_specs)
-    frozen, reference = (partition.abstract(part, config.policy.dtype) for part in (frozen_specs, trained_specs))
-    how = learner.configured(config.learner, total_steps=1000, dtype=config.policy.dtype)
-    state = learner_of(trained, how, mesh)
+    run = shaped(config, mesh)
     held = {
-        "policy parameters": bytes_per_device(trained) + bytes_per_device(frozen),
-        "optimiser": bytes_per_device(state.opt_state),
-        "reference": bytes_per_device(reference),
+        "policy parameters": bytes_per_device(run.learner.trained) + bytes_per_device(run.frozen),
+        "optimiser": bytes_per_device(run.learner.opt_state),
+        "reference": bytes_per_device(run.reference),
     }
-
-    # ------------------------------------------------------------------------------------------------------------- Policy
-    data, sampling = config.data, config.sampling
-    bucketed = batching.rounded(data.max_prompt_tokens, data.bucket)
-
-    def shape(dtype: Any, *sizes: int) -> Any:
-        return whole(jax.ShapeDtypeStruct(sizes, dtype), mesh)
-
-    def prompts(rows: int) -> Prompts:
-        return Prompts(shape(jnp.int32, rows, bucketed), shape(jnp.bool_, rows, bucketed))
-
-    def written(rows: int, samples: int, tokens: int) -> tuple[Any, Any]:
-        return shape(jnp.int32, rows, samples, tokens), shape(jnp.int32, rows, samples)
-
-    rows, answered = data.batch_size, sampling.batch_size or data.batch_size
-    tokens, lengths = written(rows, 2, sampling.max_new_tokens)
-    pairs = PreferenceBatch(
-        prompts=prompts(rows),
-        tokens=tokens,
-        lengths=lengths,
-        labels=shape(jnp.float32, rows),
-        weights=shape(jnp.float32, rows),
-    )
-    loss = losses.build(config.loss)
-    train = functools.partial(
-        learner.update.lower, state, frozen, reference, pairs, loss=loss, config=model, learner_config=how
-    )
-    drawn = generation.GenerationConfig(
-        num_samples=sampling.num_samples,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_ids=(0,),
-        pad_id=0,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        feature_stack=cut.feature_stack,
-        dtype=config.policy.dtype,
-    )
-    many = dataclasses.replace(drawn, num_samples=config.eval.best_of_n, max_new_tokens=config.eval.max_new_tokens)
-    key = whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-
-    def writing(name: str, rows: int, how: generation.GenerationConfig) -> Step:
-        lower = functools.partial(
-            generation.generate.lower, decoder.join(frozen, trained), prompts(rows), key, config=model, sampling=how
-        )
-        return compiled(name, lower, platform, cache_bytes(model, how, rows, bucketed, mesh))
-
-    def reading(name: str, how: generation.GenerationConfig) -> Step:
-        lower = functools.partial(
-            features.response_features.lower,
-            decoder.join(frozen, reference),
-            prompts(answered),
-            *written(answered, how.num_samples, how.max_new_tokens),
-            config=model,
-            feature_stack=how.feature_stack,
-            dtype=how.dtype,
-        )
-        return compiled(name, lower, platform)
-
-    steps = [compiled("train", train, platform)]
+    steps = [training_step(run)]
     if config.actor.kind == "in_process":
-        steps.append(writing("sample", answered, drawn))
-        steps.append(
-            writing("evaluate", config.eval.batch_size, dataclasses.replace(many, num_samples=1, temperature=0.0))
-        )
-        if many.num_samples:
-            steps.append(writing("best of N", answered, many))
+        steps += writing_steps(run)
     else:  # servers write
         if config.actor.lag or config.actor.sync_every > 1:
-            held["policy copy for the engine"] = bytes_per_device(trained)
-        compared = written(rows, min(COMPARED, drawn.num_samples), drawn.max_new_tokens)
-        check = functools.partial(
-            policy_logprobs.token_logprobs.lower,
-            frozen,
-            (trained,),
-            prompts(rows),
-            *compared,
-            config=model,
-            dtype=drawn.dtype,
-        )
-        steps.append(compiled("log-prob check", check, platform))
+            held["policy copy for the engine"] = bytes_per_device(run.learner.trained)
+        steps.append(comparing_step(run))
+    for part in (reward_heads, scoring):
+        more_held, more_steps = part(run)
+        held |= more_held
+        steps += more_steps
+    return held, steps
 
-    # ------------------------------------------------------------------------------------------------------------ ERM
-    width = model.d_model
-    if config.erm.trunk:
-        with naming("erm.trunk", config.erm.trunk):
-            held["ERM trunk"], step, width = trunk_step(describe(config.erm.trunk), config.erm, shape)
-        steps.append(compiled("features", step, platform))
-    elif not (cut.features_are_frozen and config.actor.kind == "in_process"):  # else the sampler reads them
-        steps.append(reading("features", drawn))
-        if many.num_samples:
-            steps.append(reading("best-of-N features", many))
-    erm = config.erm
-    replay = jax.eval_shape(functools.partial(empty_replay, wiring.replay_capacity(config), width))
+
+def training_step(run: ShapedRun) -> Step:
+    """Compiles the policy step."""
+    rows = run.config.data.batch_size
+    tokens, lengths = run.responses(rows, 2, run.config.sampling.max_new_tokens)
+    pairs = PreferenceBatch(
+        prompts=run.prompts(rows),
+        tokens=tokens,
+        lengths=lengths,
+        labels=run.shape(jnp.float32, rows),
+        weights=run.shape(jnp.float32, rows),
+    )
+    lower = functools.partial(
+        learner.update.lower,
+        run.learner,
+        run.frozen,
+        run.reference,
+        pairs,
+        loss=losses.build(run.config.loss),
+        config=run.model,
+        learner_config=run.learner_config,
+    )
+    return compiled("train", lower, run.platform)
+
+
+def writing_steps(run: ShapedRun) -> list[Step]:
+    """Compiles what writes responses in this process."""
+
+    def write(name: str, rows: int, sampling: generation.GenerationConfig) -> Step:
+        params = decoder.join(run.frozen, run.learner.trained)
+        lower = functools.partial(
+            generation.generate.lower, params, run.prompts(rows), _key(run), config=run.model, sampling=sampling
+        )
+        return compiled(name, lower, run.platform, cache_bytes(run.model, sampling, rows, run.prompt_tokens, run.mesh))
+
+    greedy = dataclasses.replace(run.best_of_n, num_samples=1, temperature=0.0)
+    steps = [write("sample", run.rows, run.sampling), write("evaluate", run.config.eval.batch_size, greedy)]
+    return [*steps, write("best of N", run.rows, run.best_of_n)] if run.best_of_n.num_samples else steps
+
+
+def comparing_step(run: ShapedRun) -> Step:
+    """Compiles what holds a server's log-probs against the learner's."""
+    rows, sampling = run.config.data.batch_size, run.sampling
+    lower = functools.partial(
+        policy_logprobs.token_logprobs.lower,
+        run.frozen,
+        (run.learner.trained,),
+        run.prompts(rows),
+        *run.responses(rows, min(COMPARED, sampling.num_samples), sampling.max_new_tokens),
+        config=run.model,
+        dtype=sampling.dtype,
+    )
+    return compiled("log-prob check", lower, run.platform)
+
+
+def reward_heads(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
+    """Returns what the ERM holds; compiles what reads its features, unless the sampler does, and what it learns by."""
+    erm, held, steps, width = run.config.erm, {}, [], run.model.d_model
+    if erm.trunk:
+        with naming("erm.trunk", erm.trunk):
+            held["ERM trunk"], step, width = trunk_step(describe(erm.trunk), erm, run.shape)
+        steps.append(compiled("features", step, run.platform))
+    elif not (run.cut.features_are_frozen and run.config.actor.kind == "in_process"):
+        steps.append(_reading_step("features", run, run.sampling))
+        if run.best_of_n.num_samples:
+            steps.append(_reading_step("best-of-N features", run, run.best_of_n))
+    replay = jax.eval_shape(functools.partial(empty_replay, wiring.replay_capacity(run.config), width))
     replay = partition.abstract_batches(replay)
-    heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), mesh)
+    heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), run.mesh)
     held["ERM heads and replay"] = bytes_per_device(heads) + bytes_per_device(replay)
     learn = jax.jit(functools.partial(ensemble.update, config=erm))
-    steps.append(compiled("ERM", functools.partial(learn.lower, heads, replay, key), platform))
-
-    # --------------------------------------------------------------------------------------------------------- Oracle
-    if config.oracle.kind == "reward_model":
-        with naming("oracle.reward_model", config.oracle.reward_model):
-            judge = reward.check(describe(config.oracle.reward_model))
-        params = partition.abstract(decoder.abstract(judge), config.oracle.dtype)
-        held["reward model"] = bytes_per_device(params)
-        score = jax.jit(functools.partial(reward.apply, config=judge, dtype=config.oracle.dtype))
-        size = (config.oracle.batch_size, config.oracle.max_tokens)
-        lower = functools.partial(score.lower, params, tokens=shape(jnp.int32, *size), valid=shape(jnp.bool_, *size))
-        steps.append(compiled("score", lower, platform))
+    steps.append(compiled("ERM", functools.partial(learn.lower, heads, replay, _key(run)), run.platform))
     return held, steps
+
+
+def _reading_step(name: str, run: ShapedRun, sampling: generation.GenerationConfig) -> Step:
+    lower = functools.partial(
+        features.response_features.lower,
+        decoder.join(run.frozen, run.reference),
+        run.prompts(run.rows),
+        *run.responses(run.rows, sampling.num_samples, sampling.max_new_tokens),
+        config=run.model,
+        feature_stack=sampling.feature_stack,
+        dtype=sampling.dtype,
+    )
+    return compiled(name, lower, run.platform)
+
+
+def scoring(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
+    """Returns what a reward model that answers in this process holds, and compiles its forward pass."""
+    oracle = run.config.oracle
+    if oracle.kind != "reward_model":
+        return {}, []
+    with naming("oracle.reward_model", oracle.reward_model):
+        judge = reward.check(describe(oracle.reward_model))
+    params = partition.abstract(decoder.abstract(judge), oracle.dtype)
+    score = jax.jit(functools.partial(reward.apply, config=judge, dtype=oracle.dtype))
+    size = (oracle.batch_size, oracle.max_tokens)
+    tokens, valid = run.shape(jnp.int32, *size), run.shape(jnp.bool_, *size)
+    lower = functools.partial(score.lower, params, tokens=tokens, valid=valid)
+    return {"reward model": bytes_per_device(params)}, [compiled("score", lower, run.platform)]
+
+
+def _key(run: ShapedRun) -> Any:
+    return whole(jax.eval_shape(lambda: jax.random.key(0)), run.mesh)
 
 
 def cache_bytes(model: ModelConfig, how: generation.GenerationConfig, prompts: int, length: int, mesh: Mesh) -> int:

@@ -54,7 +54,7 @@ def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
     try:
         yield checkpointer
     finally:
-        with _failures_named(checkpointer):
+        with _name_failures(checkpointer):
             checkpointer.close()
 
 
@@ -69,7 +69,7 @@ def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
     Raises:
       OSError: this save or the one before failed; the checkpoints before it are whole.
     """
-    with _failures_named(checkpointer):
+    with _name_failures(checkpointer):
         checkpointer.wait()
         if checkpointer.latest is not None and checkpointer.latest.step >= step:
             return
@@ -183,11 +183,11 @@ def _read(task: Callable[[], Found], partly: bool = False) -> Found:
     alone.multiprocessing.active_processes, alone.multiprocessing.primary_host = {jax.process_index()}, None
 
     def attempt() -> tuple[Found | None, str]:
-        with _hushed(), alone:
+        with _without_complaints(), alone:
             try:
                 return task(), ""
             except Exception as error:
-                return None, _damage(error)
+                return None, _damage_of(error)
 
     found, damage = processes.together(attempt, "a checkpoint")
     if processes.any_of(bool(damage)):
@@ -218,17 +218,17 @@ def _leaves(tree: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): kind(leaf) for path, leaf in leaves}
 
 
-def _damage(error: Exception) -> str:
+def _damage_of(error: Exception) -> str:
     """What is wrong with a checkpoint. Orbax wraps whatever comes up while it reads; what tells of no damage is raised."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, ValueError | OSError | KeyError) and not isinstance(cause, TimeoutError):
-        return _shown(cause)
+        return _message_of(cause)
     raise cause  # a device without room, a file system that does not answer, Ctrl-C
 
 
-def _shown(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """What an error says, without the pages of settings that TensorStore puts behind it."""
     return f"{type(error).__name__}: {re.split(SETTINGS, str(error))[0]}"
 
@@ -251,7 +251,7 @@ def _replace(path: Path, other: Path) -> None:
 
 
 @contextmanager
-def _failures_named(checkpointer: Checkpointer) -> Iterator[None]:
+def _name_failures(checkpointer: Checkpointer) -> Iterator[None]:
     """Turns whatever a save raises, or the one before it in the background, into one error that tells where."""
     try:
         yield
@@ -259,8 +259,8 @@ def _failures_named(checkpointer: Checkpointer) -> Iterator[None]:
         latest = checkpointer.latest
         last = f"the last whole one is that of step {latest.step}" if latest else "there is none before it"
         raise OSError(
-            f"{checkpointer.directory}: a checkpoint could not be written, {last}: {_shown(error)}. Make room and start the "
-            "same command again: it goes on from there"
+            f"{checkpointer.directory}: a checkpoint could not be written, {last}: {_message_of(error)}. Make room and start "
+            "the same command again: it goes on from there"
         ) from error
 
 
@@ -275,7 +275,7 @@ def _not_orbax(record: LogRecord) -> bool:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def _without_complaints() -> Iterator[None]:
     """Keeps back the complaints of what Orbax leaves unfinished when a checkpoint cannot be read; the reason is raised."""
 
     def nothing(_: Any) -> bool:
