@@ -17,10 +17,10 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/python -m sea_jax.sft --config=configs/quickstart_sft.py
 	$(BIN)/python -m sea_jax.train --config=configs/quickstart.py $(ARGS)
 
-# With the engine where it can be had; without it, its tests are skipped. In two processes; ARGS=--numprocesses=0 in one.
+# With the engine where it can be had; without it, its tests are skipped. In three processes, as engines keep one waiting; ARGS=--numprocesses=0 in one.
 test: $(VENV)/test.stamp
 	@$(MAKE) --no-print-directory bridge || echo 'no vLLM here: the tests of gpu_bridge with the real engine are skipped'
-	BRIDGE_PYTHON=$(VENV_BRIDGE)/bin/python $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	BRIDGE_PYTHON=$(VENV_BRIDGE)/bin/python $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # For this process and for those that tests start: every program is compiled once, whoever needs it.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support import shapes  # before anything of sea_jax, so that its annotations are checked
 
@@ -34,28 +36,42 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("compiled", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("compiled")
 
+# Files whose tests use the same real engines, which one process starts for all of them.
+ENGINES = ("tests/gpu_bridge/server/test_engine.py", "tests/gpu_bridge/test_run.py")
 # The first to be run, as they take longest.
-LONGEST = (
-    "tests/test_kill.py",
-    "tests/gpu_bridge/server/test_engine.py",
-    "tests/gpu_bridge/test_run.py",
-    "tests/models/test_mesh.py",
-)
+LONGEST = ("engines", "tests/test_kill.py", "tests/models/test_mesh.py", "tests/test_tldr.py", "tests/test_memory.py")
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.split("::")[0]
+def _file(nodeid: str) -> str:
+    return nodeid.split("::")[0]
+
+
+def _group(nodeid: str) -> str:
+    """What is run by one process: a file, or the files of ENGINES."""
+    return "engines" if _file(nodeid) in ENGINES else _file(nodeid)
+
+
+class GroupScheduling(LoadFileScheduling):
+    """Gives whole groups to processes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    """Whatever --dist says."""
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the longest files, so that no process is left alone with one at the end."""
-    ranks = {file: rank for rank, file in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(_file(item), len(ranks)))
+    """Begins with the longest groups, so that no process is left alone with one at the end."""
+    ranks = {group: rank for rank, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(_group(item.nodeid), len(ranks)))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Forgets the programs of a file behind its last test: together they would take gigabytes."""
-    if nextitem is not None and _file(item) != _file(nextitem):
+    if nextitem is not None and _file(item.nodeid) != _file(nextitem.nodeid):
         jax.clear_caches()
         gc.collect()
         if sys.platform == "linux":  # else glibc keeps what was freed
