@@ -4,6 +4,7 @@ A method is an `Agent`: a value whose slots are functions. Nothing here knows wh
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,12 @@ class ExplorationSettings:
         "bai_ts",
         "duel rule by name, those named _oat as in the authors' code; or my_module:my_rule",
         one_of_or_user(sampling.RULES),
+    )
+    width: float | None = setting(
+        None,
+        "half-width of a reward's interval, in standard deviations over the heads, of the rules that have them; None: the "
+        "rule's own",
+        (lambda v: v is None or 0 < v < math.inf, "a finite number above 0, or None for the rule's own default"),
     )
     gamma: float = setting(
         0.7,

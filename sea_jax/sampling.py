@@ -7,6 +7,7 @@ The rules named _oat are those of the authors' code (https://github.com/sail-sg/
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -154,6 +155,112 @@ def best_against_worst(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "
     return best_pair(reward[:, :, None] - reward[:, None, :], distinct)
 
 
+def infomax(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """The pair whose preference the heads dispute most, Var_k[sigmoid(r_k(y) - r_k(y'))]; needs no key.
+
+    Efficient Exploration at Scale (https://arxiv.org/abs/2603.17378); `uncertainty` takes the variance of the logit.
+    """
+    return best_pair(jax.nn.sigmoid(rewards[..., :, None] - rewards[..., None, :]).var(0), distinct)
+
+
+def entropy_epistemic(rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray) -> Duel:
+    """The pair of which the label tells most about the heads: entropy of their mean label minus their mean entropy.
+
+    The epistemic term of BAL-PM (https://arxiv.org/abs/2406.10023); its other one, the entropy of the prompts asked about so
+    far, is the same for all pairs of a prompt. Needs no key.
+    """
+    wins = jax.nn.sigmoid(rewards[..., :, None] - rewards[..., None, :])
+    return best_pair(_entropy(wins.mean(0)) - _entropy(wins).mean(0), distinct)
+
+
+def _entropy(probability: Float32[Array, "*N"]) -> Float32[Array, "*N"]:
+    """Of a coin, in nats."""
+    return jax.scipy.special.entr(probability) + jax.scipy.special.entr(1 - probability)
+
+
+def _interval(rewards: Float32[Array, "K B M"], width: float) -> tuple[Float32[Array, "B M"], Float32[Array, "B M"]]:
+    """Mean reward and half-width of its interval, `width` standard deviations over the heads."""
+    return rewards.mean(0), width * rewards.std(0)
+
+
+def _best_pair_of(
+    first_score: Float32[Array, "B M"], second_score: Float32[Array, "B M"], distinct: Bool[Array, "B M M"]
+) -> Duel:
+    """The best by one score, then the best by another among those that differ from it."""
+    first = first_score.argmax(-1)
+    second = jnp.where(_differs_from(distinct, first), second_score, NEVER).argmax(-1)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+
+
+def _two_draws(
+    rewards: Float32[Array, "K B M"], width: float, key: PRNGKeyArray
+) -> tuple[Float32[Array, "B M"], Float32[Array, "2 B M"]]:
+    """Mean rewards, and two draws of how far a response is from its mean, uniform over its interval."""
+    mean, half_width = _interval(rewards, width)
+    return mean, half_width * jax.random.uniform(key, (2, *mean.shape), minval=-1.0)
+
+
+def dts(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """Double Thompson sampling from intervals: the best of two draws, uniform in mean +- width standard deviations.
+
+    This and the next four: ActiveUltraFeedback (https://arxiv.org/abs/2603.09692).
+    """
+    mean, (first, second) = _two_draws(rewards, width, key)
+    return _best_pair_of(mean + first, mean + second, distinct)
+
+
+def drts(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """Double reverse Thompson sampling: the best of one draw from the intervals against the worst of another."""
+    mean, (first, second) = _two_draws(rewards, width, key)
+    return _best_pair_of(mean + first, second - mean, distinct)
+
+
+def delta_ucb(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """The pair with the widest gap from the upper end of one interval to the lower end of the other; needs no key."""
+    mean, half_width = _interval(rewards, width)
+    return best_pair((mean + half_width)[:, :, None] - (mean - half_width)[:, None, :], distinct)
+
+
+def infomax_intervals(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """The pair whose preference the intervals leave most open, sigmoid(U - L') - sigmoid(L - U'); needs no key."""
+    mean, half_width = _interval(rewards, width)
+    upper, lower = mean + half_width, mean - half_width
+    most = jax.nn.sigmoid(upper[:, :, None] - lower[:, None, :])
+    return best_pair(most - jax.nn.sigmoid(lower[:, :, None] - upper[:, None, :]), distinct)
+
+
+def max_min_lcb(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """The response whose margin over its worst opponent has the highest lower bound, against that opponent; needs no key.
+
+    https://arxiv.org/abs/2406.16745, with m - m' - (s + s') as the lower bound of the margin.
+    """
+    mean, half_width = _interval(rewards, width)
+    lower_bound = (mean - half_width)[:, :, None] - (mean + half_width)[:, None, :]
+    worst = jnp.where(distinct, lower_bound, jnp.inf).min(-1)
+    first = jnp.where(distinct.any(-1), worst, NEVER).argmax(-1)
+    against = jnp.take_along_axis(lower_bound, first[:, None, None], axis=1)[:, 0]
+    second = jnp.where(_differs_from(distinct, first), -against, NEVER).argmax(-1)
+    return Duel(first=first.astype(jnp.int32), second=second.astype(jnp.int32))
+
+
+def ucb(
+    rewards: Float32[Array, "K B M"], distinct: Bool[Array, "B M M"], key: PRNGKeyArray, *, width: float = 1.0
+) -> Duel:
+    """The highest upper confidence bound against a random other response (https://arxiv.org/abs/2312.00267)."""
+    mean, half_width = _interval(rewards, width)
+    return _best_pair_of(mean + half_width, jax.random.uniform(key, mean.shape), distinct)
+
+
 RULES: Mapping[str, DuelRule] = {
     "passive": passive,
     "ee_ts": ee_ts,
@@ -161,21 +268,42 @@ RULES: Mapping[str, DuelRule] = {
     "uncertainty": uncertainty,
     "max_margin": max_margin,
     "best_against_worst": best_against_worst,
+    "infomax": infomax,
+    "dts": dts,
+    "drts": drts,
+    "delta_ucb": delta_ucb,
+    "infomax_intervals": infomax_intervals,
+    "max_min_lcb": max_min_lcb,
+    "ucb": ucb,
+    # Its bonus ||phi(y) - phi(y')|| is, in a linear model, the posterior's deviation of the logit (https://arxiv.org/abs/2402.10500).
+    "max_uncertainty": uncertainty,
+    "entropy_epistemic": entropy_epistemic,
     "ee_ts_oat": ee_ts_oat,
     "bai_ts_logits": bai_ts_logits,
     "bai_ts_oat": bai_ts_oat,
 }
 
 
-def build(name: str) -> DuelRule:
+def build(name: str, width: float | None = None) -> DuelRule:
     """Returns a duel rule, jitted: one of RULES, or my_module:my_rule.
 
+    Args:
+      name: of the rule.
+      width: of its intervals, in standard deviations over the heads; None: the rule's own.
+
     Raises:
-      ValueError: there is no such rule, or it asks for what no rule can see.
+      ValueError: there is no such rule, it asks for what no rule can see, or it knows no intervals.
     """
     rule = RULES[name] if name in RULES else user_function(name, "exploration.rule")
     seen_by(rule, f"exploration.rule={name}")
-    return jax.jit(rule)
+    if width is None:
+        return jax.jit(rule)
+    if "width" not in inspect.signature(rule).parameters:
+        having = ", ".join(each for each, own in RULES.items() if "width" in inspect.signature(own).parameters)
+        raise ValueError(
+            f"config.exploration.width={width}: the rule '{name}' has no intervals; leave it None, or take one of {having}"
+        )
+    return jax.jit(partial(rule, width=width))
 
 
 def best_of_n(rewards: Float32[Array, "K B N"]) -> Int32[Array, " B"]:

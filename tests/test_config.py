@@ -103,6 +103,7 @@ REFUSED = [
     ("oracle.retries", -1, "0 or more"),
     ("exploration.rule", "thompson", "one of passive, ee_ts, bai_ts, uncertainty, .*or my_module:my_function"),
     ("exploration.rule", "a:b:c", "my_module:my_function"),
+    ("exploration.width", 0.0, "above 0, or None"),
     ("exploration.gamma", 0.0, "above 0 and up to 1"),
     ("exploration.gamma", 1.01, "above 0 and up to 1"),
     ("exploration.burn_in_queries", -1, "0 or more"),
@@ -396,11 +397,11 @@ def test_every_program_prints_the_settings_and_loads_no_model(program, file):
 
 
 def test_no_function_has_a_default_of_its_own_for_a_setting():
-    """What means "without" aside; the losses have their papers' own, models know no settings, `setting` tells of others."""
+    """What means "without" aside; losses and rules have their papers' own, models know no settings."""
     names = {name.split(".")[-1] for name, _, _ in [*settings.walk(RunSettings()), *settings.walk(SftSettings())]}
     found = []
     for path in sorted((ROOT / "sea_jax").rglob("*.py")):
-        if path.name in ("losses.py", "settings.py") or "models" in path.parts:
+        if path.name in ("losses.py", "sampling.py", "settings.py") or "models" in path.parts:
             continue
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef):

@@ -167,6 +167,95 @@ def test_uncertainty_takes_the_pair_with_the_largest_variance_of_the_margin():
         assert {int(duel.first[row]), int(duel.second[row])} == set(max(pairs, key=partial(dispute, row)))
 
 
+# Three responses under two heads: means 2, 1, 0; standard deviations 0, 1, 0.5.
+THREE = np.array([[[2.0, 2.0, 0.5]], [[2.0, 0.0, -0.5]]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "pair"),
+    [
+        ("delta_ucb", 0.5, (0, 2)),  # 2 + .25; 1 over 2: 1.5 + .25; 0 over 1: 2 - .5
+        ("delta_ucb", 2.0, (1, 2)),  # 3 + 1; 0 over 2: 2 + 1; 0 over 1: 2 + 1
+        # sigmoid(U - L') - sigmoid(L - U'): 0, 1: .881 - .5; 0, 2: .924 - .818; 1, 2: .924 - .378.
+        ("infomax_intervals", 1.0, (1, 2)),
+        # m - m' - (s + s'): 0 over 1: 0, over 2: 1.5; 1 over 0: -2, over 2: -.5; 2 over 0: -2.5, over 1: -2.5.
+        ("max_min_lcb", 1.0, (0, 1)),
+        # Wider: 0 over 1: -2, over 2: .5; 1 over 0: -4; 2 over 1: -5.5.
+        ("max_min_lcb", 3.0, (0, 1)),
+        # Labels .5 and .881 for 0, 1; .818 and .924 for 0, 2; .818 and .622 for 1, 2.
+        ("infomax", None, (0, 1)),
+        # Of labels .5 and .881; those of the other pairs differ less.
+        ("entropy_epistemic", None, (0, 1)),
+        ("max_uncertainty", None, (0, 1)),  # logits 0 and 2, against 1.5 and 2.5
+    ],
+)
+def test_pairs_by_hand(name, width, pair):
+    duel = sampling.build(name, width)(THREE, all_distinct(1, 3), jax.random.key(0))
+    assert tuple(sorted((int(duel.first[0]), int(duel.second[0])))) == tuple(sorted(pair))
+    if name in ("delta_ucb", "max_min_lcb"):
+        assert int(duel.first[0]) == pair[0]
+
+
+def test_infomax_minds_that_preferences_saturate():
+    # Logits 8 +- 3 of 0 over 2 vary most, but both say 1; those of 1 over 2, 0 +- 1, leave it open.
+    rewards = np.array([[[11.0, 1.0, 0.0]], [[5.0, -1.0, 0.0]]], np.float32)
+    duel = JITTED["infomax"](rewards, all_distinct(1, 3), jax.random.key(0))
+    assert {int(duel.first[0]), int(duel.second[0])} == {1, 2}
+    duel = JITTED["uncertainty"](rewards, all_distinct(1, 3), jax.random.key(0))
+    assert {int(duel.first[0]), int(duel.second[0])} == {0, 2}
+
+
+def test_entropy_epistemic_is_mutual_information_and_no_variance():
+    # Labels .5 +- .2 (0 over 1) tell .0823 nats of the head, .8 +- .1999 (2 over 1) .1634, at the same variance.
+    def logit(p: float) -> float:
+        return float(np.log(p / (1 - p)))
+
+    rewards = np.array([[[logit(0.7), 0.0, logit(0.9999)]], [[logit(0.3), 0.0, logit(0.6001)]]], np.float32)
+    distinct = all_distinct(1, 3).copy()
+    distinct[:, 0, 2] = distinct[:, 2, 0] = False  # the two pairs with response 1 are compared
+    duel = JITTED["entropy_epistemic"](rewards, distinct, jax.random.key(0))
+    assert {int(duel.first[0]), int(duel.second[0])} == {1, 2}
+    duel = JITTED["infomax"](rewards, distinct, jax.random.key(0))
+    assert {int(duel.first[0]), int(duel.second[0])} == {0, 1}
+
+
+def test_the_draws_of_dts_and_drts_are_uniform_over_the_intervals():
+    # Means 1 and 0 of heads +-1 around them, so that s = 1: 1 + u < v for u, v uniform in (-1, 1) is the triangle of 1/8.
+    num_prompts = 2000
+    rewards = for_prompts([[2.0, 1.0], [0.0, -1.0]], num_prompts)
+    first = {
+        name: np.asarray(JITTED[name](rewards, all_distinct(num_prompts, 2), jax.random.key(0)).first)
+        for name in ("dts", "drts")
+    }
+    for drawn in first.values():
+        assert stats.binomtest(int((drawn == 1).sum()), num_prompts, 1 / 8).pvalue > 0.01
+
+
+def test_dts_has_two_good_responses_meet_and_drts_the_best_and_the_worst():
+    rewards = for_prompts([[9.1, 8.1, 0.0], [8.9, 7.9, -0.1]], 50)  # no intervals overlap
+    for name, pair in (("dts", (0, 1)), ("drts", (0, 2))):
+        duel = JITTED[name](rewards, all_distinct(50, 3), jax.random.key(0))
+        np.testing.assert_array_equal(duel.first, pair[0])
+        np.testing.assert_array_equal(duel.second, pair[1])
+
+
+def test_ucb_takes_a_random_opponent():
+    # Upper ends at width 1: 2, 2.5, 1, 0; at width .4: 2, 1.6, ...
+    rewards = for_prompts([[2.0, 2.5, 1.0, 0.0], [2.0, -0.5, 1.0, 0.0]], 300)
+    duel = JITTED["ucb"](rewards, all_distinct(300, 4), jax.random.key(0))
+    np.testing.assert_array_equal(duel.first, 1)
+    assert stats.chisquare(np.bincount(duel.second, minlength=4)[[0, 2, 3]]).pvalue > 0.01
+    narrow = sampling.build("ucb", 0.4)(rewards, all_distinct(300, 4), jax.random.key(0))
+    np.testing.assert_array_equal(narrow.first, 0)
+
+
+def test_a_rule_without_intervals_takes_no_width():
+    with pytest.raises(
+        ValueError, match=r"^config\.exploration\.width=2\.0: the rule 'bai_ts' has no intervals; .*dts, drts"
+    ):
+        sampling.build("bai_ts", 2.0)
+
+
 def test_max_margin_is_the_best_against_the_worst_of_one_head():
     rewards = random_rewards(2)
     duel = JITTED["max_margin"](rewards, all_distinct(40, M), jax.random.key(0))

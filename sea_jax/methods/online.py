@@ -29,6 +29,7 @@ def needs_a_reward_model(settings: RunSettings) -> Iterator[str]:
     exploration = settings.exploration
     for name, found, only in (
         ("exploration.rule", exploration.rule, "passive"),
+        ("exploration.width", exploration.width, None),
         ("exploration.gamma", exploration.gamma, 1),
         ("exploration.planning_steps", exploration.planning_steps, 0),
         ("eval.best_of_n", settings.eval.best_of_n, 0),

@@ -17,7 +17,7 @@ from sea_jax.types import Array, Duel
 def sea(settings: RunSettings) -> FillSlots:
     """Algorithm 2 with any duel rule, and policy steps in between that only the ERM labels (Dyna)."""
     exploration = settings.exploration
-    rule = sampling.build(exploration.rule)
+    rule = sampling.build(exploration.rule, exploration.width)
 
     def fill(agent: Agent, policy: Policy) -> Agent:
         asking = replace(agent, rule=rule, assign=shared(exploration))
