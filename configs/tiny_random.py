@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.path = str(Path(__file__).parent / "tiny_prompts.jsonl")
     config.data.heldout_fraction = 0.25
     config.data.reference_field = "reference"
+    config.data.near_duplicate_share = 1 / 3
     config.data.template = "Q: {prompt} A:"
     config.data.max_prompt_tokens = 64
     config.data.bucket = 32

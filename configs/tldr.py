@@ -49,6 +49,7 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.data.prompt_field = "prompt"
     config.data.reference_field = f"pythia-{size}-reference"  # greedy responses of the policy that training starts from
     config.data.num_prompts = 50_000
+    config.data.near_duplicate_share = 1 / 3  # posts are reposted, with small changes
     config.data.max_prompt_tokens = 1024
     config.data.batch_size = 128
 

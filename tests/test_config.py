@@ -75,6 +75,7 @@ REFUSED = [
     ("data.prompt_field", "", "a non-empty text"),
     ("data.heldout_fraction", 0.0, "between 0 and 1"),
     ("data.heldout_fraction", 1.0, "between 0 and 1"),
+    ("data.near_duplicate_share", 1.1, "from 0 to 1"),
     ("data.max_prompt_tokens", 0, "1 or more"),
     ("data.bucket", 0, "1 or more"),
     ("data.batch_size", 0, "1 or more"),
@@ -167,7 +168,7 @@ def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
 
 def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything = {"name", "data.path", "data.heldout_path", "data.heldout_split", "data.reference_field"}
-    anything |= {"data.subset", "data.directory"}
+    anything |= {"data.subset", "data.directory", "data.id_field", "data.skip_bad_rows"}
     anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
     anything |= {"erm.standardise"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
@@ -188,6 +189,13 @@ def test_a_system_message_needs_a_chat_template(config):
         configuration.resolve(config)
     config.data.chat = True
     configuration.resolve(config)
+
+
+@pytest.mark.parametrize("name", ["template", "system"])
+def test_half_of_a_character_is_refused_where_prompts_are_made(config, name):
+    config.data.chat, config.data[name] = True, "{prompt} \ud83d"
+    with pytest.raises(ValueError, match=rf"^config\.data\.{name}='{{prompt}} \\ud83d': holds half of a character"):
+        configuration.resolve(config)
 
 
 def test_a_microbatch_must_divide_the_batch(config):

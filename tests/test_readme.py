@@ -37,8 +37,11 @@ def test_the_readmes_own_oracle_loss_rule_and_prompts_run(tmp_path: Path, monkey
     data = next(fields(block) for block in blocks("sh") if "prompts.jsonl" in block)
     assert len(own) == 3
     assert data.pop("data.chat") == "True"  # the tiny model has no chat template
+    share = float(data.pop("data.near_duplicate_share"))
     settings = tiny_random.get_config()
-    settings.update_from_flattened_dict(own | data | {"data.reference_field": "", "max_queries": 8})
+    settings.update_from_flattened_dict(
+        own | data | {"data.near_duplicate_share": share} | {"data.reference_field": "", "max_queries": 8}
+    )
     cache.keep_compiled_programs()
     train.train(settings, tmp_path / "run")
     with Ledger(tmp_path / "run" / "queries.jsonl", writes=False) as ledger:

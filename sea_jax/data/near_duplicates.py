@@ -1,4 +1,4 @@
-"""Prompts that nearly repeat a held-out one, found by the runs of words that they share."""
+"""Prompts that repeat a held-out one: but for case and white space, or nearly, by the runs of words that they share."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -8,19 +8,33 @@ import numpy as np
 from scipy import sparse
 
 from sea_jax.data import docstrings
-from sea_jax.data.sources import Record
+from sea_jax.data.records import Record
 
-# Two texts are near-duplicates if they share this share of the shorter one's runs of four words.
-NEAR_DUPLICATE_SHARE = 1 / 3
 # A run of words that more than this share of the held-out prompts, and more than so many of them, have is a template's.
 BOILERPLATE_SHARE, BOILERPLATE_TIMES = 0.05, 4
 PROMPTS_COMPARED = 256  # with all others at a time: keeps the table of what they share small
 
 
-def without_near_duplicates(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
-    """Returns the records whose prompt is not nearly that of one of the others.
+def exact_repeats(records: Sequence[Record], others: Sequence[Record]) -> dict[int, int]:
+    """Returns which records have the prompt of one of the others but for case and white space: row -> the other's."""
+    row_of_other = {folded(other["prompt"]): row for row, other in enumerate(others)}
+    rows = ((row, row_of_other.get(folded(record["prompt"]))) for row, record in enumerate(records))
+    return {row: other for row, other in rows if other is not None}
+
+
+def folded(text: str) -> str:
+    """Returns a text without what case and white space tell apart."""
+    return " ".join(text.casefold().split())
+
+
+def near_repeats(records: Sequence[Record], others: Sequence[Record], share: float) -> dict[int, int]:
+    """Returns which records have nearly the prompt of one of the others: row -> the other's.
 
     A wording that many of the others share, such as that of a template, is no sign of nearness.
+
+    Args:
+      records, others: any.
+      share: two texts are near-duplicates if they share this share of the shorter one's runs of four words; above 0.
     """
     column_of: dict[tuple[str, ...], int] = defaultdict(itertools.count().__next__)
     shingles_of_others = [word_shingles(other["prompt"]) for other in others]
@@ -31,17 +45,16 @@ def without_near_duplicates(records: Sequence[Record], others: Sequence[Record])
     sizes_of_others = np.array([len(columns) for columns in columns_of_others])
     known = set(column_of)
     with_shingle = incidence(columns_of_others, len(known)).T.tocsr()
-    kept: list[Record] = []
+    found: dict[int, int] = {}
     for start in range(0, len(records), PROMPTS_COMPARED):
         part = records[start : start + PROMPTS_COMPARED]
         shingles_of_part = [word_shingles(record["prompt"]) - boilerplate for record in part]
         sizes = np.array([len(shingles) for shingles in shingles_of_part])
         columns_of_part = [[column_of[shingle] for shingle in shingles & known] for shingles in shingles_of_part]
         shared = (incidence(columns_of_part, len(known)) @ with_shingle).tocoo()
-        smaller = np.minimum(sizes[shared.row], sizes_of_others[shared.col])
-        repeats = set(shared.row[shared.data >= NEAR_DUPLICATE_SHARE * smaller].tolist())
-        kept += [record for row, record in enumerate(part) if row not in repeats]
-    return kept
+        near = shared.data >= share * np.minimum(sizes[shared.row], sizes_of_others[shared.col])
+        found |= dict(zip((start + shared.row[near]).tolist(), shared.col[near].tolist(), strict=True))
+    return found
 
 
 def incidence(columns_of_rows: Sequence[Sequence[int]], num_columns: int) -> sparse.csr_array:

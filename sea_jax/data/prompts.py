@@ -11,10 +11,10 @@ from absl import logging
 from jaxtyping import Bool, Int32
 
 from sea_jax.data import batching, sources
-from sea_jax.data.near_duplicates import without_near_duplicates
-from sea_jax.data.sources import Record, digest
+from sea_jax.data.near_duplicates import exact_repeats, near_repeats
+from sea_jax.data.records import Columns, Record, digest, half_character
 from sea_jax.models.tokenizer import Tokenizer
-from sea_jax.settings import AT_LEAST_1, GIVEN, NOT_NEGATIVE, one_of, setting
+from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, NOT_NEGATIVE, one_of, setting
 
 # What data.path names for the sources that need one.
 PATHS: Mapping[str, str] = {
@@ -32,6 +32,8 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "subset": ("huggingface",),
     "directory": ("tfds",),
 }
+
+CHARACTERS_SHOWN = 80  # of a prompt in a message
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ class DataSettings:
     )
     prompt_field: str = setting("prompt", "name of the field that holds the prompt", GIVEN)
     reference_field: str = setting("", 'name of the field that holds a reference response; "": there are none')
+    id_field: str = setting(
+        "id", 'name of the field with an id for each prompt, where there is one; "": ids are made from the prompts'
+    )
+    skip_bad_rows: bool = setting(
+        False, "rows without a usable prompt are left out and counted; False: they end the run at its start"
+    )
+    near_duplicate_share: float = setting(
+        0.0,
+        "training prompts that share this share of the shorter one's runs of four words with a held-out one are left out; "
+        "0: only those that are the same but for case and white space",
+        FRACTION,
+        before=1 / 3,
+    )
     template: str = setting(
         "{prompt}",
         "what the policy reads, {prompt} once",
@@ -83,10 +98,24 @@ class DataSettings:
             if self.source not in readers and value not in ("", default):
                 only = " and ".join(readers)
                 yield f"config.data.{name}={value!r}: data.source={self.source} does not read it; only {only} do"
+        for name in ("template", "system"):
+            if fault := half_character(getattr(self, name)):
+                yield f"config.data.{name}={getattr(self, name)!r}: {fault}"
         if self.system and not self.chat:
             yield (
                 f"config.data.system={self.system!r}: only a chat template has a place for it; set config.data.chat=True"
             )
+
+    @property
+    def columns(self) -> Columns:
+        """Which fields of a row a record is made of; whoever names one for the ids must find it there."""
+        return Columns(
+            prompt=self.prompt_field,
+            reference=self.reference_field,
+            id=self.id_field,
+            id_optional=self.id_field == type(self).__dataclass_fields__["id_field"].default,
+            skip_bad_rows=self.skip_bad_rows,
+        )
 
 
 class Batch(TypedDict):
@@ -121,20 +150,20 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
       ValueError: a field or the content of a source is not usable, or one of the two parts is empty.
       FileNotFoundError: a file or data set is missing.
     """
-    fields = {"prompt_field": settings.prompt_field, "reference_field": settings.reference_field}
+    columns = settings.columns
     heldout: list[Record] | None = None
     if settings.source == "docstrings":
         records = sources.docstrings()
     elif settings.source in ("jsonl", "parquet"):
         read_file = sources.jsonl if settings.source == "jsonl" else sources.parquet
-        records = read_file(settings.path, **fields)
+        records = read_file(settings.path, columns)
         if settings.heldout_path:
-            heldout = read_file(settings.heldout_path, **fields)
+            heldout = read_file(settings.heldout_path, columns)
     elif settings.source in ("huggingface", "tfds"):
         read_split = (
-            partial(sources.huggingface, settings.path, subset=settings.subset, **fields)
+            partial(sources.huggingface, settings.path, columns, subset=settings.subset)
             if settings.source == "huggingface"
-            else partial(sources.tfds, settings.path, directory=settings.directory, **fields)
+            else partial(sources.tfds, settings.path, columns, directory=settings.directory)
         )
         records = read_split(split=settings.split)
         if settings.heldout_split:
@@ -144,15 +173,14 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
             f"data.source is {settings.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds"
         )
     if heldout is None:
-        train, heldout = split_records(records, settings.heldout_fraction)
-    else:
-        train = without_near_duplicates(records, heldout)
-        logging.info("dropped %d training prompts that nearly repeat a held-out one", len(records) - len(train))
+        records, heldout = split_records(records, settings.heldout_fraction)
+    train = without_repeats(records, heldout, settings.near_duplicate_share)
     if not train or not heldout:
         raise ValueError(
             f"data.source={settings.source!r} leaves {len(train)} prompts to train on and {len(heldout)} held out; both "
-            f"are needed: change data.heldout_fraction (now {settings.heldout_fraction}) or the data. Prompts that nearly "
-            "repeat a held-out one are left out of training"
+            f"are needed: change data.heldout_fraction (now {settings.heldout_fraction}) or the data. Left out of training "
+            f"are {len(records) - len(train)} prompts that repeat a held-out one "
+            f"(data.near_duplicate_share={settings.near_duplicate_share:.3g})"
         )
     logging.info("%d training prompts, %d held out", len(train), len(heldout))
     return train, heldout
@@ -166,8 +194,7 @@ def split_records(records: Sequence[Record], heldout_fraction: float) -> tuple[l
       heldout_fraction: expected share held out, between 0 and 1, both excluded.
 
     Returns:
-      Training records without near-duplicates of held-out ones, and held-out records; each in the order of the hash,
-      so that the first N are a fixed random sample.
+      Training and held-out records; each in the order of the hash, so that the first N are a fixed random sample.
 
     Raises:
       ValueError: the fraction is out of range.
@@ -178,10 +205,37 @@ def split_records(records: Sequence[Record], heldout_fraction: float) -> tuple[l
     ordered = [records[index] for _, index in by_hash]
     # The first eight of the hexadecimal digits as a fraction of their range.
     count = sum(int(hash_of_prompt[:8], 16) < heldout_fraction * 16**8 for hash_of_prompt, _ in by_hash)
-    heldout, others = ordered[:count], ordered[count:]
-    train = without_near_duplicates(others, heldout)
-    logging.info("dropped %d training prompts that nearly repeat a held-out one", len(others) - len(train))
-    return train, heldout
+    return ordered[count:], ordered[:count]
+
+
+def without_repeats(train: Sequence[Record], heldout: Sequence[Record], near_duplicate_share: float) -> list[Record]:
+    """Returns the training records whose prompt repeats no held-out one; counts the others in a warning and shows one.
+
+    Args:
+      train, heldout: records.
+      near_duplicate_share: how near is a repeat, as the setting says.
+    """
+    repeats = exact_repeats(train, heldout)
+    if near_duplicate_share:
+        repeats = near_repeats(train, heldout, near_duplicate_share) | repeats
+    if repeats:
+        row, other = min(repeats.items())
+        logging.warning(
+            "left out %d of %d training prompts that %srepeat a held-out one (data.near_duplicate_share=%.3g%s): %r repeats %r",
+            len(repeats),
+            len(train),
+            "nearly " if near_duplicate_share else "",
+            near_duplicate_share,
+            "; at 0 only those that are the same" if near_duplicate_share else "",
+            shortened(train[row]["prompt"]),
+            shortened(heldout[other]["prompt"]),
+        )
+    return [record for row, record in enumerate(train) if row not in repeats]
+
+
+def shortened(text: str) -> str:
+    """Returns the beginning of a text, for messages."""
+    return text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN].rstrip() + " ..."
 
 
 def load_prompts(

@@ -4,10 +4,10 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import grain
-import ml_collections
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from sea_jax.data import near_duplicates, sources
-from sea_jax.data.near_duplicates import without_near_duplicates, word_shingles
+from sea_jax.data.near_duplicates import near_repeats, word_shingles
 from sea_jax.data.prompts import (
-    Record,
+    DataSettings,
     Rendered,
     collate,
-    digest,
     evaluation_batches,
     load_records,
     render,
     render_all,
     split_records,
     training_batches,
+    without_repeats,
 )
+from sea_jax.data.records import Columns, Record, digest
 from sea_jax.models.tokenizer import Tokenizer
 
 
@@ -80,8 +81,8 @@ def test_near_duplicates_of_held_out_prompts_are_dropped() -> None:
             "So they say that the quick brown fox jumps over the lazy dog. I never saw it do that, nor did you, ever."
         ),
     ]
-    assert without_near_duplicates([*dropped, *kept], heldout) == kept
-    assert without_near_duplicates(kept, []) == kept
+    assert without_repeats([*dropped, *kept], heldout, 1 / 3) == kept
+    assert without_repeats(kept, [], 1 / 3) == kept
 
 
 def test_the_wording_of_a_template_is_no_sign_of_nearness() -> None:
@@ -91,9 +92,9 @@ def test_the_wording_of_a_template_is_no_sign_of_nearness() -> None:
         record(template.format("Go"))
     ]
     dropped = [record(template.format("Please name 3 towns beside river 3 now"))]
-    assert without_near_duplicates([*dropped, *kept], heldout) == kept
+    assert without_repeats([*dropped, *kept], heldout, 1 / 3) == kept
     # Of few held-out prompts nobody can tell what is a template's.
-    assert without_near_duplicates(kept, heldout[:4]) == []
+    assert without_repeats(kept, heldout[:4], 1 / 3) == []
 
 
 @settings(deadline=None)
@@ -101,45 +102,49 @@ def test_the_wording_of_a_template_is_no_sign_of_nearness() -> None:
     st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
     st.lists(st.lists(st.sampled_from("abc"), max_size=9).map(" ".join), max_size=6),
 )
-def test_near_duplicates_are_those_that_share_a_third_of_the_shorter(prompts: list[str], others: list[str]) -> None:
+def test_near_duplicates_are_those_that_share_so_much_of_the_shorter(prompts: list[str], others: list[str]) -> None:
     def repeats(prompt: str, other: str) -> bool:
         one, two = word_shingles(prompt), word_shingles(other)
-        return 3 * len(one & two) >= min(len(one), len(two))
+        return 2 * len(one & two) >= min(len(one), len(two))
 
     with mock.patch.multiple(near_duplicates, PROMPTS_COMPARED=2, BOILERPLATE_TIMES=99):
-        kept = without_near_duplicates([record(prompt) for prompt in prompts], [record(other) for other in others])
-    expected = [prompt for prompt in prompts if not any(repeats(prompt, other) for other in others)]
-    assert [one["prompt"] for one in kept] == expected
+        found = near_repeats([record(prompt) for prompt in prompts], [record(other) for other in others], 0.5)
+    assert all(repeats(prompts[row], others[other]) for row, other in found.items())
+    assert set(found) == {i for i, prompt in enumerate(prompts) if any(repeats(prompt, other) for other in others)}
+
+
+def test_by_default_only_the_same_prompt_is_a_repeat_whatever_its_case_and_white_space(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heldout = [record("Write a haiku about rain"), record("Straße")]
+    kept = [record(f"Write a haiku about {thing}") for thing in ("snow", "fog", "rain.", "raining")]
+    assert without_repeats(kept, heldout, 0.0) == kept
+    assert caplog.text == ""
+    assert without_repeats([record("write a\tHaiku  about rain\n"), *kept, record("STRASSE")], heldout, 0.0) == kept
+    assert "left out 2 of 6 training prompts that repeat a held-out one (data.near_duplicate_share=0): " in caplog.text
+    assert without_repeats([*kept, record("RAIN")], [*heldout, record("rain")], 0.5) == []
+    assert (
+        "left out 5 of 5 training prompts that nearly repeat a held-out one (data.near_duplicate_share=0.5; at 0 "
+        in (caplog.text)
+    )
+    assert "'Write a haiku about snow' repeats 'Write a haiku about rain'" in caplog.text
 
 
 # load
 
 
-def config(**fields: object) -> ml_collections.ConfigDict:
-    defaults = {
-        "source": "jsonl",
-        "path": "",
-        "heldout_path": "",
-        "split": "train",
-        "heldout_split": "",
-        "subset": "",
-        "directory": "",
-        "heldout_fraction": 0.5,
-        "prompt_field": "p",
-        "reference_field": "",
-    }
-    return ml_collections.ConfigDict(defaults | fields)
+def config(**fields: Any) -> DataSettings:
+    return DataSettings(**{"source": "jsonl", "prompt_field": "p", "heldout_fraction": 0.5} | fields)
 
 
-def test_a_file_of_its_own_can_be_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_its_own_can_be_held_out(tmp_path: Path) -> None:
     repost = {"p": "I asked my neighbour about his very loud dog, again!"}
     train = lines(tmp_path / "train.jsonl", {"p": "a"}, {"p": "b"}, repost, {"p": "c"})
     post = {"p": "I asked my neighbour about his very loud dog."}
     heldout = lines(tmp_path / "heldout.jsonl", {"p": "d"}, {"p": "b"}, post)
-    with caplog.at_level(logging.INFO, logger="absl"):
-        parts = load_records(config(path=str(train), heldout_path=str(heldout)))
-    assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["d", "b", post["p"]]]
-    assert "dropped 2 training prompts that nearly repeat a held-out one" in caplog.text
+    for share, kept in ((0.0, ["a", repost["p"], "c"]), (1 / 3, ["a", "c"])):
+        settings = config(path=str(train), heldout_path=str(heldout), near_duplicate_share=share)
+        assert [[one["prompt"] for one in part] for part in load_records(settings)] == [kept, ["d", "b", post["p"]]]
 
 
 def test_one_file_is_split(tmp_path: Path) -> None:
@@ -147,6 +152,15 @@ def test_one_file_is_split(tmp_path: Path) -> None:
     train, heldout = load_records(config(path=str(path)))
     assert {one["prompt"] for one in train + heldout} == {f"prompt{i}" for i in range(50)}
     assert len(train) + len(heldout) == 50
+
+
+def test_a_few_prompts_of_one_wording_are_all_used(tmp_path: Path) -> None:
+    haiku = [
+        {"p": f"Write a haiku about {thing}"}
+        for thing in ["rain", "snow", "fog", "wind", "sun", "moon", "frost", "hail", "dew", "ice", "tide", "sea"]
+    ]
+    train, heldout = load_records(config(path=str(lines(tmp_path / "haiku.jsonl", *haiku)), heldout_fraction=0.1))
+    assert (len(train), len(heldout)) == (10, 2)
 
 
 def test_nothing_to_train_on_or_to_hold_out_is_refused(tmp_path: Path) -> None:
@@ -174,12 +188,12 @@ def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.Monke
     chosen = files if source == "parquet" else splits
     parts = load_records(config(source=source, reference_field="r", **chosen))
     assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["b"]]
-    fields = {"prompt_field": "p", "reference_field": "r"}
+    columns = Columns("p", "r", id="id", id_optional=True)
     place = {"huggingface": {"subset": "short"}, "tfds": {"directory": "there"}}
     assert asked == (
-        [("train.parquet", fields), ("heldout.parquet", fields)]
+        [("train.parquet", columns, {}), ("heldout.parquet", columns, {})]
         if source == "parquet"
-        else [("named", fields | place[source] | {"split": split}) for split in ("sft", "test")]
+        else [("named", columns, place[source] | {"split": split}) for split in ("sft", "test")]
     )
 
 
