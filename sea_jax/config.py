@@ -227,7 +227,17 @@ def from_json(saved: Mapping[str, Any], where: str) -> RunSettings:
     Raises:
       ValueError: a field is not one of this version, or its value is of another kind.
     """
-    fresh = RunSettings()
+    return _from_json(RunSettings, saved, where)
+
+
+def sft_from_json(saved: Mapping[str, Any], where: str) -> SftSettings:
+    """Returns the settings that a supervised fine-tuning left; everything else as in `from_json`."""
+    return _from_json(SftSettings, saved, where)
+
+
+def _from_json(kind: Any, saved: Mapping[str, Any], where: str) -> Any:
+    """Settings of a kind that were saved, perhaps by an older version."""
+    fresh = kind()
     known = {name: field for name, field, _ in settings.walk(fresh)}
     found = flatten(saved)
     if gone := [name for name in found if name not in known]:
@@ -244,7 +254,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> RunSettings:
             config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: config.{name}={value!r}: {error}") from error
-    return _read(RunSettings, config)
+    return _read(kind, config)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sea_jax import ensemble, wiring
 from sea_jax.config import RunSettings, checked
+from sea_jax.data.fingerprint import fingerprint
 from sea_jax.evaluation import Evaluation, Responses
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.policy import check_fingerprint, export_policy
@@ -24,7 +25,7 @@ from sea_jax.runtime.console import WORKDIR, join_processes
 from sea_jax.runtime.progress import Progress
 from sea_jax.statistics import Interval
 from sea_jax.types import Array, Candidates, Generate, Params, Prompts
-from sea_jax.workdir import saved_settings
+from sea_jax.workdir import beginning, check_prompts, saved_settings
 
 for shared in ("workdir", "coordinator", "num_processes", "process_id", "deterministic"):
     flags.declare_key_flag(shared)  # so that --help shows them
@@ -95,8 +96,9 @@ def evaluate_on(
       export: where to, or None.
     """
     # --------------------------------------------------------------------------------------------------------- What is there
-    parts = wiring.parts(config, mesh, training=False)
+    parts = wiring.parts(config, mesh, training=False, began=beginning(workdir))
     check_fingerprint(parts.policy, workdir)
+    check_prompts(workdir, fingerprint((), parts.heldout_prompts, parts.policy.tokenizer), training=False)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
 

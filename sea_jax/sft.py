@@ -17,7 +17,8 @@ from absl import flags, logging
 from sea_jax import config as configuration
 from sea_jax import learner
 from sea_jax.config import SftSettings
-from sea_jax.data.prompts import Rendered, collate, load_prompts
+from sea_jax.data.fingerprint import of_records
+from sea_jax.data.prompts import Rendered, collate, load_prompts, load_records
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
@@ -30,6 +31,7 @@ from sea_jax.types import Array, Params, Prompts
 flags.adopt_module_key_flags(console)  # so that --help shows --config
 
 RECIPE = "sea_jax_sft.json"  # in the output: the configuration that made it
+PROMPTS = "sea_jax_sft_prompts"  # there, too: what tells the prompts that it was made of from others
 
 
 def negative_logprob(
@@ -186,8 +188,9 @@ def fine_tune(config: SftSettings, output: Path) -> None:
     begin = time.perf_counter()
     if output.exists() and any(output.iterdir()) and not (output / RECIPE).exists():
         raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
+    records = load_records(config.data)
     policy = load_policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
-    train_prompts, heldout_prompts = load_prompts(config.data, policy.tokenizer, config.eval.num_prompts)
+    train_prompts, heldout_prompts = load_prompts(config.data, policy.tokenizer, config.eval.num_prompts, records)
     limit, words = config.max_response_tokens, policy.tokenizer
     batches = functools.partial(
         _batches,
@@ -217,7 +220,7 @@ def fine_tune(config: SftSettings, output: Path) -> None:
             metrics.check_finite({"train/loss": float(value)}, step, None)
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
-    _write(policy, state.trained, config, output)
+    _write(policy, state.trained, config, of_records(*records), output)
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "
         f"{time.perf_counter() - begin:.0f} s in all. The model is in {output}"
@@ -230,14 +233,30 @@ def _holds(output: Path, config: SftSettings) -> bool:
     if not recipe.exists():
         return False
     try:
-        found = json.loads(recipe.read_text(encoding="utf-8"))
+        found = configuration.sft_from_json(json.loads(recipe.read_text(encoding="utf-8")), str(recipe))
     except ValueError as error:
         logging.warning("%s is not readable (%s): the model is made anew", recipe, error)
         return False
-    return bool(found == json.loads(configuration.to_json(config)))
+    return found == config and _made_of(output, config)
 
 
-def _write(policy: Policy, trained: Params, config: SftSettings, output: Path) -> None:
+def _made_of(output: Path, config: SftSettings) -> bool:
+    """Whether a directory holds a model that was made of the prompts as they are now, as far as can be told."""
+    known = output / PROMPTS
+    if not known.exists():
+        return True
+    try:
+        prompts = of_records(*load_records(config.data))
+    except (OSError, ValueError) as error:
+        logging.warning("whether %s was made of these prompts cannot be told (%s)", output, error)
+        return True
+    same = known.read_text(encoding="utf-8").strip() == prompts
+    if not same:
+        logging.warning("%s was made of other prompts than there are now: it is made anew", output)
+    return same
+
+
+def _write(policy: Policy, trained: Params, config: SftSettings, prompts: str, output: Path) -> None:
     """Puts a model with its recipe in the output's place when both are complete; what is there stays usable until then."""
     output = output.resolve()  # of a link, what it points to is replaced
     workshop = output.with_name(f".{output.name}.unfinished")  # on the same disk, or it could not be renamed
@@ -245,6 +264,7 @@ def _write(policy: Policy, trained: Params, config: SftSettings, output: Path) -
     if workshop.exists():  # a run was killed here
         shutil.rmtree(workshop)
     export_policy(policy, trained, new)
+    files.write_whole(new / PROMPTS, prompts + "\n")
     files.write_whole(new / RECIPE, configuration.to_json(config))
     if output.exists():
         output.replace(old)

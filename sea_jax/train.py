@@ -19,6 +19,7 @@ from sea_jax import ensemble, evaluation, learner, losses, report, sampling, wir
 from sea_jax.actors.generation import texts_of
 from sea_jax.actors.responder import resumable
 from sea_jax.config import RunSettings
+from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles import oracle
@@ -27,7 +28,7 @@ from sea_jax.policy_logprobs import under_policy_and_reference
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
 from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
-from sea_jax.workdir import check_workdir, claim, open_ledger, own_directory
+from sea_jax.workdir import beginning, check_prompts, check_workdir, claim, open_ledger, own_directory
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
 
@@ -65,7 +66,8 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
     root = jax.random.key(config.seed)
 
     # ------------------------------------------------------------------------------- Policy, prompts, oracle, learner and ERM
-    parts = wiring.parts(config, mesh)
+    began = beginning(workdir)
+    parts = wiring.parts(config, mesh, began=began)
     policy = parts.policy
     total_steps = policy_steps(config)
     learner_config = learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype)
@@ -76,7 +78,11 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
     initial = functools.partial(wiring.initial_state, config, parts, total_steps)
 
     check_fingerprint(policy, workdir)
-    processes.by_first(lambda: claim(workdir, config, policy.fingerprint), None, "the work directory")
+    prompts_id = fingerprint(parts.train_prompts, parts.heldout_prompts, policy.tokenizer)
+    check_prompts(workdir, prompts_id, training=True)
+    processes.by_first(
+        lambda: claim(workdir, config, policy.fingerprint, prompts_id, began), None, "the work directory"
+    )
     with (
         open_ledger(workdir / "queries.jsonl") as ledger,  # first, since it keeps other runs out
         checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,

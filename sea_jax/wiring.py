@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -61,7 +62,7 @@ class Parts:
 
     Attributes:
       policy: Policy.
-      train_prompts: rendered.
+      train_prompts: rendered; none where no policy step will be taken.
       heldout_prompts: rendered.
       preference: the oracle's taste, free of noise.
       sampling: how candidates are drawn.
@@ -98,13 +99,14 @@ class Parts:
         return bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
 
 
-def parts(config: RunSettings, mesh: Mesh, training: bool = True) -> Parts:
+def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetime | None = None) -> Parts:
     """Loads what a run works with.
 
     Args:
       config: RunSettings.
       mesh: the one that is set.
       training: False: no policy step will be taken.
+      began: when the run did, which is what chat templates are told where they ask for the time; None: now.
 
     Raises:
       ValueError: a field or file does not fit.
@@ -113,13 +115,16 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True) -> Parts:
     loaded = load_policy(
         config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype
     )
+    loaded = replace(loaded, tokenizer=replace(loaded.tokenizer, now=began))
     check_mesh(config, mesh, loaded.config, training=training)
-    train_prompts, heldout_prompts = load_prompts(config.data, loaded.tokenizer, config.eval.num_prompts, records)
+    train_prompts, heldout_prompts = load_prompts(
+        config.data, loaded.tokenizer, config.eval.num_prompts, records, training
+    )
     return Parts(
         policy=loaded,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
-        preference=oracle.preference(config.oracle, config.bridge_token_file),
+        preference=oracle.preference(config.oracle, config.bridge_token_file, began),
         sampling=generation.configured(config.sampling, loaded, config.policy.dtype),
         features=features.build(
             config.erm,

@@ -1,16 +1,22 @@
 """A run's work directory: whose it is, what it holds."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from sea_jax import config as configuration
 from sea_jax.config import RunSettings
+from sea_jax.data.fingerprint import Fingerprint, other_heldout, other_training, otherwise_read
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
+
+PROMPTS_FILE = "prompts_id"
 
 
 def saved_settings(workdir: Path) -> RunSettings:
@@ -60,17 +66,77 @@ def check_workdir(workdir: Path, settings: RunSettings) -> None:
         )
 
 
-def claim(workdir: Path, settings: RunSettings, fingerprint: str) -> None:
-    """Makes the work directory and leaves the settings in it, and what tells the policy from others.
+def claim(workdir: Path, settings: RunSettings, fingerprint: str, prompts: Fingerprint, began: datetime) -> None:
+    """Makes the work directory and leaves the settings in it, and what tells the policy and the prompts from others.
 
     Args:
       workdir: where everything is written.
       settings: this run's.
       fingerprint: of the policy.
+      prompts: of the prompts.
+      began: when the run did.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    content = {"began": began.isoformat(), **dataclasses.asdict(prompts)}
+    files.write_whole(workdir / PROMPTS_FILE, json.dumps(content) + "\n")
     files.write_whole(workdir / FINGERPRINT_FILE, fingerprint + "\n")
     files.write_whole(workdir / "config.json", configuration.to_json(settings))
+
+
+def beginning(workdir: Path) -> datetime:
+    """Returns when the run of a work directory began, by the first process's clock; now where nothing says so."""
+    own = prompts_then(workdir)
+    told = processes.bytes_of_first((datetime.now().astimezone() if own is None else own[0]).isoformat().encode())
+    return datetime.fromisoformat(told.decode())
+
+
+def check_prompts(workdir: Path, now: Fingerprint, training: bool) -> None:
+    """Refuses prompts, a tokenizer or a chat template that a work directory's run did not begin with; no file tells nothing.
+
+    Args:
+      workdir: where `train` wrote.
+      now: of what was read.
+      training: False: other held-out prompts are only warned of, and those to train on are not looked at.
+
+    Raises:
+      ValueError: they are others.
+    """
+    known = prompts_then(workdir)
+    if known is None:
+        return
+    then, remedy = known[1], "put back what there was, or start anew with another --workdir"
+    heldout = other_heldout(then, now)
+    if training and (faults := [fault for fault in (other_training(then, now), heldout) if fault]):
+        raise ValueError(
+            f"config.data: the prompts are not those that the run in {workdir} began with: {'; '.join(faults)}; {remedy}"
+        )
+    if otherwise_read(then, now):
+        raise ValueError(
+            "config.policy.source: its tokenizer or chat template reads the same prompts as other tokens than when the run "
+            f"in {workdir} began; {remedy}"
+        )
+    if heldout:
+        logging.warning(
+            "%s: %s than when the run began; do not compare these win rates with those that it logged", workdir, heldout
+        )
+
+
+def prompts_then(workdir: Path) -> tuple[datetime, Fingerprint] | None:
+    """Returns when a work directory's run began, and the fingerprint of its prompts; None where nothing tells of them.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / PROMPTS_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return datetime.fromisoformat(content.pop("began")), Fingerprint(**content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it, or delete it if the prompts are the same"
+        ) from error
 
 
 def open_ledger(path: Path) -> Ledger:

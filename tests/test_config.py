@@ -70,9 +70,8 @@ REFUSED = [
     ("seed", 2**32, r"from 0 to 2\*\*32 - 1"),
     ("data.template", "Summarise:", "{prompt} in it exactly once"),
     ("data.template", "{prompt} {prompt}", "{prompt} in it exactly once"),
-    ("data.source", "hub", "one of docstrings, jsonl, parquet, huggingface, tfds"),
+    ("data.source", "hub", "one of docstrings, jsonl, csv, parquet, huggingface, tfds"),
     ("data.split", "", "a non-empty text"),
-    ("data.prompt_field", "", "a non-empty text"),
     ("data.heldout_fraction", 0.0, "between 0 and 1"),
     ("data.heldout_fraction", 1.0, "between 0 and 1"),
     ("data.near_duplicate_share", 1.1, "from 0 to 1"),
@@ -169,6 +168,7 @@ def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
 def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything = {"name", "data.path", "data.heldout_path", "data.heldout_split", "data.reference_field"}
     anything |= {"data.subset", "data.directory", "data.id_field", "data.skip_bad_rows"}
+    anything |= {"data.prompt_field", "data.rejected_field"}
     anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
     anything |= {"erm.standardise"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
@@ -191,6 +191,17 @@ def test_a_system_message_needs_a_chat_template(config):
     configuration.resolve(config)
 
 
+def test_only_pairs_need_no_field_of_prompts(config):
+    config.data.prompt_field = ""
+    with pytest.raises(ValueError, match=r"^config\.data\.prompt_field='': must be a non-empty text where"):
+        configuration.resolve(config)
+    config.data.rejected_field = "rejected"
+    with pytest.raises(ValueError, match=r"^config\.data\.rejected_field='rejected': data\.reference_field must name"):
+        configuration.resolve(config)
+    config.data.reference_field = "chosen"
+    configuration.resolve(config)
+
+
 @pytest.mark.parametrize("name", ["template", "system"])
 def test_half_of_a_character_is_refused_where_prompts_are_made(config, name):
     config.data.chat, config.data[name] = True, "{prompt} \ud83d"
@@ -210,7 +221,13 @@ def test_a_microbatch_must_divide_the_batch(config):
 
 @pytest.mark.parametrize(
     ("source", "wanted"),
-    [("jsonl", "a file"), ("parquet", "a file"), ("huggingface", "a directory"), ("tfds", "the name")],
+    [
+        ("jsonl", "a file"),
+        ("csv", "a file"),
+        ("parquet", "a file"),
+        ("huggingface", "a directory"),
+        ("tfds", "the name"),
+    ],
 )
 def test_prompts_from_elsewhere_need_to_know_where(config, source, wanted):
     config.data.source = source
@@ -223,7 +240,7 @@ def test_prompts_from_elsewhere_need_to_know_where(config, source, wanted):
 @pytest.mark.parametrize(
     ("field", "readers"),
     [
-        ("heldout_path", {"jsonl", "parquet"}),
+        ("heldout_path", {"jsonl", "csv", "parquet"}),
         ("split", {"huggingface", "tfds"}),
         ("heldout_split", {"huggingface", "tfds"}),
         ("subset", {"huggingface"}),
@@ -232,7 +249,7 @@ def test_prompts_from_elsewhere_need_to_know_where(config, source, wanted):
 )
 def test_a_field_that_the_source_does_not_read_is_refused(config, field, readers):
     config.data.path, config.data[field] = "prompts", "other"
-    for source in ("docstrings", "jsonl", "parquet", "huggingface", "tfds"):
+    for source in ("docstrings", "jsonl", "csv", "parquet", "huggingface", "tfds"):
         config.data.source = source
         if source in readers:
             configuration.resolve(config)

@@ -86,7 +86,9 @@ def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: P
     assert not list(run.glob("*.unfinished"))
 
 
-def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(run: Path, tmp_path: Path) -> None:
+def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prompts = lines(Path(tiny_random.get_config().data.path))
     rows = lines(run / "samples.jsonl")[-6:]
     bare = {row["prompt"] for row in rows[1:3]}
@@ -100,6 +102,7 @@ def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(run: Path, t
     config["actor"] |= {"kind": "bridge", "urls": "http://127.0.0.1:9", "lag": 1}  # and with servers that are gone
     (run / "config.json").write_text(json.dumps(config))
     evaluate.evaluate(run, num_prompts=4)
+    assert "2 of 4 held-out ones are others than when the run began; do not compare" in caplog.text
     rates, settings = (numbers(run, newest(run))[name] for name in ("win_rates", "settings"))
     assert settings["mesh"] == [1, math.gcd(4, jax.device_count()), 1]  # 4 are the prompts of a batch
     assert settings["num_prompts"] == 4
@@ -151,7 +154,8 @@ def test_the_export_holds_the_frozen_and_the_trained_parameters(done: Done) -> N
     config = saved_settings(done.workdir)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        parts = wiring.parts(config, mesh)
+        parts = wiring.parts(config, mesh, training=False)
+        assert not parts.train_prompts  # nobody would read them
         with checkpoint.open_directory(done.workdir / "checkpoints", 9) as opened:
             restored = checkpoint.restore(opened, wiring.initial_state(config, parts, 100))
     assert restored is not None

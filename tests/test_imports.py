@@ -33,7 +33,7 @@ KEPT_TO = {
     "grain": {"data.prompts", "sft"},
     "transformers": {"models.tokenizer"},
     "datasets": {"data.sources"},
-    "pyarrow": {"data.sources"},
+    "pyarrow": {"data.files"},
     "tensorflow_datasets": {"data.sources"},
     "tensorflow": set(),
     "torch": set(),

@@ -85,6 +85,11 @@ def test_another_or_torn_recipe_replaces_the_policy_but_never_a_foreign_director
     run_main(configured(target, steps=1, seed=1), monkeypatch)
     assert made_with(target) == 1
     recipe = target / sft.RECIPE
+    older = json.loads(recipe.read_text())
+    del older["data"]["skip_bad_rows"]
+    recipe.write_text(json.dumps(older))
+    run_main(configured(target, steps=1, seed=1), monkeypatch)
+    assert json.loads(recipe.read_text()) == older  # nothing is made anew for a setting that was not there
     recipe.write_text(recipe.read_text()[:-9])
     run_main(configured(target, steps=1, seed=1), monkeypatch)
     assert made_with(target) == 1
@@ -93,6 +98,30 @@ def test_another_or_torn_recipe_replaces_the_policy_but_never_a_foreign_director
     with pytest.raises(ValueError, match=r"config.output=.*holds something else"):
         run_main(configured(target, steps=1), monkeypatch)
     assert (target / "model.safetensors").exists()
+
+
+def test_pairs_are_learnt_from_and_more_of_them_make_the_policy_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pairs(count: int) -> str:
+        rows = ({"chosen": f"What is {i}? A word.", "rejected": f"What is {i}? The end."} for i in range(count))
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    target, path = tmp_path / "policy", tmp_path / "pairs.jsonl"
+    fields = {"data.path": str(path), "data.prompt_field": "", "data.rejected_field": "rejected"}
+    settings = configured(
+        target, steps=1, **fields | {"data.reference_field": "chosen", "data.near_duplicate_share": 0.0}
+    )
+    for count in (30, 40):
+        path.write_text(pairs(count))
+        run_main(settings, monkeypatch)
+    assert f"{target} was made of other prompts than there are now" in caplog.text
+    made = (target / "model.safetensors").stat().st_mtime_ns
+    run_main(settings, monkeypatch)
+    path.unlink()
+    run_main(settings, monkeypatch)
+    assert f"whether {target} was made of these prompts cannot be told" in caplog.text
+    assert (target / "model.safetensors").stat().st_mtime_ns == made
 
 
 def test_a_killed_run_leaves_the_older_policy_and_the_next_run_makes_the_new_one(

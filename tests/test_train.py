@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from configs import tiny_random
 from sea_jax import agent, train
 from sea_jax import config as configuration
+from sea_jax.data.fingerprint import Fingerprint
 from sea_jax.models.checkpoints import builtin
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.runtime import cache, metrics
@@ -217,13 +219,22 @@ def a_file(directory: Path) -> dict[str, Any]:
 
 def another_run(directory: Path) -> dict[str, Any]:
     config = configuration.resolve(configured(seed=7))
-    claim(directory / "run", config, fingerprint="0" * 16)
+    claim(directory / "run", config, "0" * 16, NO_PROMPTS, datetime.now())
     return {"loss__beta": 0.3}
 
 
 def another_policy(directory: Path) -> dict[str, Any]:
-    claim(directory / "run", configuration.resolve(configured()), fingerprint="0" * 16)
+    claim(directory / "run", configuration.resolve(configured()), "0" * 16, NO_PROMPTS, datetime.now())
     return {}
+
+
+def other_prompts(directory: Path) -> dict[str, Any]:
+    claim(directory / "run", configuration.resolve(configured()), "0" * 16, NO_PROMPTS, datetime.now())
+    (directory / "run" / "policy_id").unlink()
+    return {}
+
+
+NO_PROMPTS = Fingerprint(0, "", "", [], [], "")
 
 
 def a_run_of_nobody_knows_whom(directory: Path) -> dict[str, Any]:
@@ -238,7 +249,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "an unknown rule": (lambda _: {"exploration__rule": "best"}, r"config.exploration.rule='best'.*bai_ts"),
     "a hyper-parameter of another loss": (lambda _: {"loss__gamma_over_beta": 0.1}, r"gamma_over_beta.*dpo.*beta"),
     "too many layers": (lambda _: {"policy__train_last_layers": 3}, r"train_last_layers=3: the model has 2 layers"),
-    "no data file": (no_prompts, r"none.jsonl is not a file"),
+    "no data file": (no_prompts, r"none.jsonl is no file"),
     "an empty data file": (empty_prompts, r"empty.jsonl holds no prompts"),
     "prompts that are all too long": (lambda _: {"data__max_prompt_tokens": 3}, r"max_prompt_tokens is 3.*longer"),
     "a truncated model": (half_a_model, r"model.safetensors"),
@@ -249,6 +260,10 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "another policy than the run began with": (
         another_policy,
         r"weights in .* are not those that the run in .*/run began",
+    ),
+    "other prompts than the run began with": (
+        other_prompts,
+        r"config.data: the prompts are not those that the run in .*/run began with: .* there were 0 and are \d+",
     ),
     "another run's work directory": (another_run, r"(?s)another configuration.*config.loss.beta.*config.seed: 7"),
 }
@@ -263,6 +278,24 @@ def test_bad_input_is_one_clear_error_before_anything_is_spent(
     with pytest.raises((ValueError, OSError), match=message):
         train.train(configured(**prepare(tmp_path)), tmp_path / "run")
     assert not (tmp_path / "run" / "queries.jsonl").exists()
+
+
+def test_a_chat_template_is_told_when_the_run_began_each_time_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = copy_of_the_tiny_model(tmp_path)
+    template = "{{ strftime_now('%f') }} {{ messages[0]['content'] }}"
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+
+    def cut(path: Path) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "open_ledger", cut)
+    for _ in range(2):  # prompts that are not read as before are refused
+        with pytest.raises(KeyboardInterrupt):
+            train.train(configured(policy__source=str(target), data__chat=True), tmp_path / "run")
+    assert (tmp_path / "run" / "prompts_id").exists()
 
 
 @pytest.mark.parametrize(

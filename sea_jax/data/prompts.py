@@ -1,5 +1,6 @@
 """Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +12,25 @@ from absl import logging
 from jaxtyping import Bool, Int32
 
 from sea_jax.data import batching, sources
+from sea_jax.data.conversations import Conversation, messages_of
 from sea_jax.data.near_duplicates import exact_repeats, near_repeats
-from sea_jax.data.records import Columns, Record, digest, half_character
+from sea_jax.data.records import Columns, Record, check_characters, digest
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, NOT_NEGATIVE, one_of, setting
 
+# The sources that are files.
+FILES = ("jsonl", "csv", "parquet")
+
 # What data.path names for the sources that need one.
 PATHS: Mapping[str, str] = {
-    "jsonl": "a file of training prompts",
-    "parquet": "a file of training prompts, a directory of such files or a pattern",
+    **dict.fromkeys(FILES, "a file of training prompts, a directory of such files or a pattern"),
     "huggingface": "a directory, or the name of a data set on the hub",
     "tfds": "the name of a data set",
 }
 
 # The sources that read a field, for fields that not all read: the others refuse it rather than pass over it.
 READ_BY: Mapping[str, tuple[str, ...]] = {
-    "heldout_path": ("jsonl", "parquet"),
+    "heldout_path": FILES,
     "split": ("huggingface", "tfds"),
     "heldout_split": ("huggingface", "tfds"),
     "subset": ("huggingface",),
@@ -42,13 +46,14 @@ class DataSettings:
 
     source: str = setting(
         "docstrings",
-        'prompts: "docstrings" (built in), "jsonl", "parquet", "huggingface" or "tfds"',
+        'prompts: "docstrings" (built in), "jsonl", "csv", "parquet", "huggingface" or "tfds"',
         one_of("docstrings", *PATHS),
     )
     path: str = setting(
-        "", "file; parquet: or directory of shards, or pattern; huggingface: directory or hub name; tfds: name"
+        "",
+        "file (jsonl, csv: also .gz or .zst), directory of them, or pattern; huggingface: directory or hub name; tfds: name",
     )
-    heldout_path: str = setting("", 'jsonl, parquet: evaluation prompts, as path; "": heldout_fraction of path')
+    heldout_path: str = setting("", 'jsonl, csv, parquet: evaluation prompts, as path; "": heldout_fraction of path')
     split: str = setting("train", "huggingface, tfds: split of the training prompts", GIVEN)
     heldout_split: str = setting("", 'huggingface, tfds: split to evaluate on; "": heldout_fraction of split')
     subset: str = setting("", 'huggingface: name of the data set\'s configuration; "": the default one')
@@ -58,8 +63,15 @@ class DataSettings:
         "share of the prompts held out, by a hash of the prompt",
         (lambda v: 0 < v < 1, "a number between 0 and 1"),
     )
-    prompt_field: str = setting("prompt", "name of the field that holds the prompt", GIVEN)
+    prompt_field: str = setting(
+        "prompt",
+        'name of the field that holds the prompt, a text or messages; "": of pairs, what both responses begin with',
+    )
     reference_field: str = setting("", 'name of the field that holds a reference response; "": there are none')
+    rejected_field: str = setting(
+        "",
+        'of preference data, name of the field of the response that lost to that of reference_field; "": no such data',
+    )
     id_field: str = setting(
         "id", 'name of the field with an id for each prompt, where there is one; "": ids are made from the prompts'
     )
@@ -79,7 +91,7 @@ class DataSettings:
         (lambda v: v.count("{prompt}") == 1, "a text with {prompt} in it exactly once"),
     )
     chat: bool = setting(False, "wrap the filled template into the tokenizer's chat template")
-    system: str = setting("", 'system message of the chat template; "": none')
+    system: str = setting("", 'system message of the chat template where a prompt has none of its own; "": none')
     num_prompts: int = setting(
         0, "training prompts used, a fixed random sample where they are split by hash; 0: all", NOT_NEGATIVE
     )
@@ -99,8 +111,17 @@ class DataSettings:
                 only = " and ".join(readers)
                 yield f"config.data.{name}={value!r}: data.source={self.source} does not read it; only {only} do"
         for name in ("template", "system"):
-            if fault := half_character(getattr(self, name)):
-                yield f"config.data.{name}={getattr(self, name)!r}: {fault}"
+            try:
+                check_characters(getattr(self, name))
+            except ValueError as error:
+                yield f"config.data.{name}={getattr(self, name)!r}: {error}"
+        if not self.prompt_field and not self.rejected_field:
+            yield "config.data.prompt_field='': must be a non-empty text where data.rejected_field is none"
+        if self.rejected_field and not self.reference_field:
+            yield (
+                f"config.data.rejected_field={self.rejected_field!r}: data.reference_field must name the field of the "
+                "response that was chosen"
+            )
         if self.system and not self.chat:
             yield (
                 f"config.data.system={self.system!r}: only a chat template has a place for it; set config.data.chat=True"
@@ -112,6 +133,7 @@ class DataSettings:
         return Columns(
             prompt=self.prompt_field,
             reference=self.reference_field,
+            rejected=self.rejected_field,
             id=self.id_field,
             id_optional=self.id_field == type(self).__dataclass_fields__["id_field"].default,
             skip_bad_rows=self.skip_bad_rows,
@@ -139,7 +161,7 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
     """Reads the prompts that a config names, to train on and held out.
 
     Args:
-      settings: `source` says where from: "docstrings"; "jsonl" or "parquet", files at
+      settings: `source` says where from: "docstrings"; "jsonl", "csv" or "parquet", files at
         `path` and, to hold out, at `heldout_path`; "huggingface" or "tfds", the splits `split` and `heldout_split` of
         the data set `path`. Where nothing is named to hold out, `heldout_fraction` of the prompts is.
 
@@ -150,12 +172,13 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
       ValueError: a field or the content of a source is not usable, or one of the two parts is empty.
       FileNotFoundError: a file or data set is missing.
     """
+    warn_of_escapes(settings)
     columns = settings.columns
     heldout: list[Record] | None = None
     if settings.source == "docstrings":
         records = sources.docstrings()
-    elif settings.source in ("jsonl", "parquet"):
-        read_file = sources.jsonl if settings.source == "jsonl" else sources.parquet
+    elif settings.source in FILES:
+        read_file = {"jsonl": sources.jsonl, "csv": sources.csv, "parquet": sources.parquet}[settings.source]
         records = read_file(settings.path, columns)
         if settings.heldout_path:
             heldout = read_file(settings.heldout_path, columns)
@@ -170,8 +193,9 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
             heldout = read_split(split=settings.heldout_split)
     else:
         raise ValueError(
-            f"data.source is {settings.source!r}; it can be docstrings, jsonl, parquet, huggingface or tfds"
+            f"data.source is {settings.source!r}; it can be docstrings, {', '.join(FILES)}, huggingface or tfds"
         )
+    check_conversations(settings, [*records, *(heldout or ())])
     if heldout is None:
         records, heldout = split_records(records, settings.heldout_fraction)
     train = without_repeats(records, heldout, settings.near_duplicate_share)
@@ -184,6 +208,44 @@ def load_records(settings: DataSettings) -> tuple[list[Record], list[Record]]:
         )
     logging.info("%d training prompts, %d held out", len(train), len(heldout))
     return train, heldout
+
+
+def warn_of_escapes(settings: DataSettings) -> None:
+    """Warns of a line break or tab that the shell has left a backslash and a letter."""
+    for name in ("template", "system"):
+        text = getattr(settings, name)
+        if escape := re.search(r"\\[nt]", text):
+            quoted = text.replace("'", r"\'")
+            logging.warning(
+                "config.data.%s holds a backslash and the letter %s, which the model reads as these two characters; if a %s is "
+                "meant, bash and zsh write it as --config.data.%s=$'%s'",
+                name,
+                escape[0][1],
+                "line break" if escape[0][1] == "n" else "tab",
+                name,
+                quoted,
+            )
+
+
+def check_conversations(settings: DataSettings, records: Sequence[Record]) -> None:
+    """Refuses settings that conversations, which are read as they are, have no use for.
+
+    Raises:
+      ValueError: there is no chat template, or something is put around the prompts.
+    """
+    found = next((record["prompt"] for record in records if isinstance(record["prompt"], Conversation)), None)
+    if found is None:
+        return
+    if not settings.chat:
+        raise ValueError(
+            f"config.data.chat=False: there are prompts that are messages, such as {shortened(found)!r}, and only a chat "
+            "template reads these; set config.data.chat=True"
+        )
+    if settings.template != "{prompt}":
+        raise ValueError(
+            f"config.data.template={settings.template!r}: there are prompts that are messages, such as "
+            f"{shortened(found)!r}, which are read as they are; set config.data.template='{{prompt}}'"
+        )
 
 
 def split_records(records: Sequence[Record], heldout_fraction: float) -> tuple[list[Record], list[Record]]:
@@ -243,45 +305,54 @@ def load_prompts(
     tokenizer: Tokenizer,
     num_heldout: int,
     records: tuple[list[Record], list[Record]] | None = None,
+    training: bool = True,
 ) -> tuple[list[Rendered], list[Rendered]]:
-    """Returns the training and the held-out prompts, rendered with the policy's tokenizer.
+    """Returns the training and the held-out prompts, rendered with the policy's tokenizer; no more than are used.
 
     Args:
       settings: DataSettings.
       tokenizer: the policy's.
       num_heldout: held-out prompts to keep, at most.
       records: training and held-out records; None: they are read.
+      training: False: no prompts to train on are needed.
     """
-    train, heldout = (
-        render_all(
-            some,
-            tokenizer,
-            template=settings.template,
-            chat=settings.chat,
-            system=settings.system,
-            max_prompt_tokens=settings.max_prompt_tokens,
-        )
-        for some in records or load_records(settings)
+    train, heldout = records or load_records(settings)
+    render_some = partial(
+        render_all,
+        tokenizer=tokenizer,
+        template=settings.template,
+        chat=settings.chat,
+        system=settings.system,
+        max_prompt_tokens=settings.max_prompt_tokens,
     )
-    return train[: settings.num_prompts or None], heldout[:num_heldout]
+    return (
+        render_some(train, limit=settings.num_prompts) if training else [],
+        render_some(heldout, limit=num_heldout),
+    )
 
 
 def render(prompt: str, tokenizer: Tokenizer, *, template: str, chat: bool, system: str = "") -> list[int]:
     """Returns the token ids of a prompt as the model reads it, ready to be continued with a response.
 
+    A conversation is read as it is, in the tokenizer's chat template.
+
     Args:
-      prompt: the text of a record.
+      prompt: of a record.
       tokenizer: the model's.
       template: a text with `{prompt}` in it once, which the prompt takes the place of; other braces are left alone.
       chat: make the result a user's turn in the tokenizer's chat template.
-      system: the system message before that turn; "": what the chat template does without one; not read unless `chat`.
+      system: the system message before that turn, or before a conversation that has none; "": what the chat template does
+        without one; not read unless `chat`.
     """
-    text = template.replace("{prompt}", prompt)
-    if not chat:
-        return tokenizer.encode(text)
-    messages = [{"role": "system", "content": system}] if system else []
+    if not isinstance(prompt, Conversation):
+        prompt = template.replace("{prompt}", prompt)
+        if not chat:
+            return tokenizer.encode(prompt)
+    messages = messages_of(prompt)
+    if system and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": system}, *messages)
     # The chat template writes the BOS itself where the model wants one.
-    return tokenizer.encode(tokenizer.chat([*messages, {"role": "user", "content": text}]), add_special=False)
+    return tokenizer.encode(tokenizer.chat(messages), add_special=False)
 
 
 def render_all(
@@ -292,6 +363,7 @@ def render_all(
     chat: bool,
     system: str = "",
     max_prompt_tokens: int,
+    limit: int = 0,
 ) -> list[Rendered]:
     """Returns the records that fit into a number of tokens, rendered, in their order; says in the log how many do not.
 
@@ -299,24 +371,28 @@ def render_all(
       records: what to render.
       tokenizer, template, chat, system: as in `render`.
       max_prompt_tokens: longer prompts are left out.
+      limit: those behind the first so many that fit are not looked at; 0: all are.
 
     Raises:
       ValueError: no record is left.
     """
-    rendered = [
-        Rendered(record, render(record["prompt"], tokenizer, template=template, chat=chat, system=system))
-        for record in records
-    ]
-    if not rendered:
+    if not records:
         raise ValueError("there are no prompts to render")
-    kept = [prompt for prompt in rendered if len(prompt.tokens) <= max_prompt_tokens]
+    kept: list[Rendered] = []
+    lengths: list[int] = []
+    for record in records:
+        tokens = render(record["prompt"], tokenizer, template=template, chat=chat, system=system)
+        lengths.append(len(tokens))
+        if len(tokens) <= max_prompt_tokens:
+            kept.append(Rendered(record, tokens))
+        if limit and len(kept) == limit:
+            break
     if not kept:
-        lengths = [len(prompt.tokens) for prompt in rendered]
         raise ValueError(
             f"data.max_prompt_tokens is {max_prompt_tokens}, and all {len(lengths)} prompts are longer: from "
             f"{min(lengths)} to {max(lengths)} tokens"
         )
-    logging.info("%d of %d prompts are over %d tokens", len(rendered) - len(kept), len(rendered), max_prompt_tokens)
+    logging.info("%d of %d prompts are over %d tokens", len(lengths) - len(kept), len(lengths), max_prompt_tokens)
     return kept
 
 

@@ -1,20 +1,25 @@
 """What a prompt is, whatever source it comes from: rows made into records by the same rules."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from absl import logging
 
+from sea_jax.data.conversations import parse_answer, parse_prompt
+from sea_jax.data.pairs import parse_pair
+
 
 class Record(TypedDict):
-    """One prompt: a name that is unique in its source, the text, and a human answer ("" where there is none)."""
+    """One prompt: a name of its own in its source, a text or `Conversation`, a human answer ("" where there is none)."""
 
     id: str
     prompt: str
     reference: str
 
+
+Parsed = TypeVar("Parsed")
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for errors; its fields by name
 
@@ -24,8 +29,9 @@ class Columns:
     """Which fields of a row a record is made of, and what becomes of a row that makes none.
 
     Attributes:
-      prompt: holds the prompt, a text that is not empty.
-      reference: holds the human answer, a text or null; "": there are none.
+      prompt: holds the prompt, as of `parse_prompt`; "": it is the beginning of chosen and rejected answers.
+      reference: holds the human answer, as of `parse_answer`; "": there are none.
+      rejected: holds the answer that was rejected, the reference being the chosen one, as of `parse_pair`; "": there are none.
       id: holds the prompt's name; "": it is a hash of the prompt.
       id_optional: a row without the name takes that hash.
       skip_bad_rows: rows that make no record are left out and counted, rather than refused.
@@ -33,6 +39,7 @@ class Columns:
 
     prompt: str
     reference: str = ""
+    rejected: str = ""
     id: str = ""
     id_optional: bool = False
     skip_bad_rows: bool = False
@@ -44,13 +51,17 @@ class Columns:
           ValueError: one is not there.
         """
         names = list(names)
-        asked = {"data.prompt_field": self.prompt, "data.reference_field": self.reference}
+        asked = {
+            "data.prompt_field": self.prompt,
+            "data.reference_field": self.reference,
+            "data.rejected_field": self.rejected,
+        }
         if not self.id_optional:
             asked["data.id_field"] = self.id
         for name, field in asked.items():
             if field and field not in names:
                 raise ValueError(f"no field {field!r} ({name}); there are: {', '.join(map(repr, names)) or 'none'}")
-        return [name for name in names if name and name in (self.prompt, self.reference, self.id)]
+        return [name for name in names if name and name in (self.prompt, self.reference, self.rejected, self.id)]
 
     def needed(self, origin: str, names: Iterable[str]) -> list[str]:
         """Returns what `among` returns; its error names the origin.
@@ -58,10 +69,7 @@ class Columns:
         Raises:
           ValueError: a field is not there.
         """
-        try:
-            return self.among(names)
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+        return parsed(self.among, names, f"{origin}:")
 
 
 def records(origin: str, rows: Iterable[Row], columns: Columns) -> list[Record]:
@@ -115,37 +123,42 @@ def record_of(row: Mapping[str, Any], columns: Columns) -> Record:
     """
     names = columns.among(row)
     fields = {name: row[name].decode() if isinstance(row[name], bytes) else row[name] for name in names}
-    prompt = fields[columns.prompt]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(
-            f"the field {columns.prompt!r} (data.prompt_field) is {prompt!r:.60}; a text that is not empty is expected"
-        )
-    reference = fields[columns.reference] if columns.reference else ""
-    if not isinstance(reference, str | None):
-        raise ValueError(
-            f"the field {columns.reference!r} (data.reference_field) is {reference!r:.60}; a text is expected"
-        )
+    if columns.rejected:
+        answers = f"the fields {columns.reference!r} and {columns.rejected!r} (data.rejected_field):"
+        given = (fields.get(columns.prompt), fields[columns.reference], fields[columns.rejected])
+        prompt, reference, _ = parsed(lambda pair: parse_pair(*pair), given, answers)
+    else:
+        prompt = parsed(parse_prompt, fields[columns.prompt], f"the field {columns.prompt!r} (data.prompt_field)")
+        named = f"the field {columns.reference!r} (data.reference_field)"
+        reference = parsed(parse_answer, fields.get(columns.reference), named)
     given_id = fields.get(columns.id)
-    for field, text in ((columns.prompt, prompt), (columns.reference, reference), (columns.id, str(given_id))):
-        if fault := half_character(text or ""):
-            raise ValueError(f"the field {field!r} {fault}")
-    return {
-        "id": digest(prompt)[:16] if given_id is None else str(given_id),
-        "prompt": prompt,
-        "reference": reference or "",
-    }
+    name = "" if given_id is None else str(given_id)
+    for field, text in ((columns.prompt, prompt), (columns.reference, reference), (columns.id, name)):
+        parsed(check_characters, text, f"the field {field!r}")
+    return {"id": name or digest(prompt)[:16], "prompt": prompt, "reference": reference}
 
 
-def half_character(text: str) -> str:
-    """Returns what is wrong with a text that is none in any encoding, since it holds half of a character; else ""."""
+def parsed(parse: Callable[[Any], Parsed], value: Any, what: str) -> Parsed:
+    """Returns what a function makes of a value; its ValueError begins with what the value is."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
+
+
+def check_characters(text: str) -> None:
+    """Refuses a text that nothing can write since it holds half of a character.
+
+    Raises:
+      ValueError: it does.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return (
-            f"holds half of a character, the surrogate {text[error.start]!r}, at position {error.start}; nothing can "
-            "write it: give the whole character or none"
-        )
-    return ""
+        raise ValueError(
+            f"holds half of a character, the surrogate {text[error.start]!r}, at position {error.start}; give the whole "
+            "character or none"
+        ) from error
 
 
 def digest(text: str) -> str:

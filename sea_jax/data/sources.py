@@ -1,11 +1,10 @@
 """Where prompts come from: the rows of files and data sets."""
 
-import glob
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sea_jax.data import docstrings as docstring_miner
+from sea_jax.data.files import csv_rows, find_files, json_rows, one_line, parquet_rows
 from sea_jax.data.records import Columns, Record, Row, digest, records
 
 # The libraries that only one source needs are imported where it reads, so that no other source pays for them.
@@ -20,86 +19,37 @@ def docstrings() -> list[Record]:
 
 
 def jsonl(path: str | Path, columns: Columns) -> list[Record]:
-    """Reads prompts from a file of one JSON object a line, in UTF-8; empty lines are passed over.
-
-    Args:
-      path: of the file.
-      columns: Columns.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object, or `records` refuses it; file and line are named.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; data.path and data.heldout_path name files of JSON lines")
-    return records(str(path), json_rows(path), columns)
+    """Reads prompts from files of one JSON object a line, in UTF-8; empty lines are passed over. Raises as `of_files`."""
+    return of_files(path, ".jsonl", json_rows, columns)
 
 
-def json_rows(path: Path) -> Iterator[Row]:
-    """Yields the objects of a file of JSON lines.
-
-    Raises:
-      ValueError: a line is not a JSON object.
-    """
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                fields = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not UTF-8 text ({error})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error})") from error
-            if not isinstance(fields, dict):
-                raise ValueError(f"{place}: a JSON object is expected, found {type(fields).__name__}")
-            yield place, fields
+def csv(path: str | Path, columns: Columns) -> list[Record]:
+    """Reads prompts from CSV files in UTF-8 whose first line names the columns. Raises as `of_files`."""
+    return of_files(path, ".csv", csv_rows, columns)
 
 
 def parquet(path: str | Path, columns: Columns) -> list[Record]:
-    """Reads prompts from Parquet files.
+    """Reads prompts from Parquet files. Raises as `of_files`."""
+    return of_files(path, ".parquet", parquet_rows, columns)
+
+
+def of_files(
+    path: str | Path, suffix: str, rows_of: Callable[[Path, Columns], Iterator[Row]], columns: Columns
+) -> list[Record]:
+    """Reads prompts from files of one kind.
 
     Args:
-      path: a file, a directory of .parquet files, or a pattern such as `data/train-*.parquet`.
+      path: as of `find_files`.
+      suffix: as there.
+      rows_of: reads a file.
       columns: Columns.
 
     Raises:
       FileNotFoundError: there are no such files.
-      ValueError: a file is not in the format, or `records` refuses a row; file and row are named.
+      ValueError: a file is not in the format, or `records` refuses a row; file and line or row are named.
     """
-    given = Path(path).expanduser()
-    if given.is_dir():
-        files = sorted(given.glob("*.parquet"))
-    else:
-        matches = [given] if given.is_file() else map(Path, glob.glob(str(given), recursive=True))
-        files = sorted(file for file in matches if file.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"{given} is no file, no directory with .parquet files in it and no pattern that files match; data.path and "
-            "data.heldout_path name Parquet files"
-        )
-    rows = (row for file in files for row in parquet_rows(file, columns))
-    return records(str(given), rows, columns)
-
-
-def parquet_rows(file: Path, columns: Columns) -> Iterator[Row]:
-    """Yields the rows of a Parquet file, with the columns that a record is made of (https://parquet.apache.org).
-
-    Raises:
-      ValueError: the file is not in the format or does not have the columns.
-    """
-    import pyarrow
-    from pyarrow import parquet as format_reader
-
-    try:
-        with format_reader.ParquetFile(file) as opened:
-            names = columns.needed(str(file), opened.schema_arrow.names)
-            rows = (row for batch in opened.iter_batches(columns=names) for row in batch.to_pylist())
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet ({one_line(error)})") from error
+    files = find_files(path, suffix)
+    return records(str(Path(path).expanduser()), (row for file in files for row in rows_of(file, columns)), columns)
 
 
 def huggingface(path: str, columns: Columns, *, split: str, subset: str = "") -> list[Record]:
@@ -122,7 +72,7 @@ def huggingface(path: str, columns: Columns, *, split: str, subset: str = "") ->
     if not local.is_dir() and (local.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise FileNotFoundError(
             f"{local} is not a directory; with data.source=huggingface data.path is a directory or a name on the hub, "
-            "with data.source=parquet or jsonl it can be a file"
+            "with data.source=parquet, csv or jsonl it can be a file"
         )
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
@@ -143,7 +93,7 @@ def huggingface(path: str, columns: Columns, *, split: str, subset: str = "") ->
             raise ValueError(f"{path} (data.path), split {split!r}: {reason}") from error
         raise FileNotFoundError(
             f"{path!r} is no directory here, and the Hugging Face hub did not give it ({reason}); data.path can also "
-            "be a local copy: a directory, or with data.source=parquet or jsonl a file"
+            "be a local copy: a directory, or with data.source=parquet, csv or jsonl a file"
         ) from error
     place = f"{path}, split {split}"
     names = columns.needed(place, table.column_names)
@@ -207,8 +157,3 @@ def tfds(path: str, columns: Columns, *, split: str, directory: str = "") -> lis
     columns.needed(place, builder.info.features)
     rows = ((f"{place}, row {number}", row) for number, row in enumerate(source, start=1))
     return records(place, rows, columns)
-
-
-def one_line(error: BaseException) -> str:
-    """Returns what a library's error says, on one line and shortened; its type where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,8 +1,11 @@
 """Text to token ids and back, through the tokenizer files of a Hugging Face directory."""
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,12 +25,14 @@ class Tokenizer:
       eos_id: ends a response.
       pad_id: fills a batch; the EOS where the files name no padding token.
       vocab_size: the largest token id plus one.
+      now: the time that a chat template is told where it asks for it; None: that of the clock.
     """
 
     backend: "PreTrainedTokenizerBase"
     eos_id: int
     pad_id: int
     vocab_size: int
+    now: datetime | None = None
 
     def encode(self, text: str, *, add_special: bool = True, max_length: int | None = None) -> list[int]:
         """Returns the token ids of a text, not padded.
@@ -73,10 +78,21 @@ class Tokenizer:
                 "tokenizer_config.json a chat_template"
             )
         turns = [dict(message) for message in messages]
+        template = None if self.now is None else at_time(self.backend.get_chat_template(), self.now)
         return cast(
             str,
-            self.backend.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt),
+            self.backend.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+            ),
         )
+
+
+TIME_ASKED = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
+def at_time(template: str, now: datetime) -> str:
+    """Returns a chat template that is told a time where it asks for it: transformers gives it none but that of the clock."""
+    return TIME_ASKED.sub(lambda asked: json.dumps(now.strftime(asked["format"])), template)
 
 
 def load(directory: Path) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
@@ -66,12 +67,13 @@ class OracleSettings:
             yield "config.oracle.urls='': oracle.kind=remote needs the URL of a server, or several separated by commas"
 
 
-def preference(settings: OracleSettings, token_file: str = "") -> Preference:
+def preference(settings: OracleSettings, token_file: str = "", now: datetime | None = None) -> Preference:
     """Returns the taste behind the oracle, free of noise.
 
     Args:
       settings: OracleSettings.
       token_file: holds the token of the oracle's servers; "": the environment does.
+      now: the time that a reward model's chat template is told; None: that of the clock.
     """
     if settings.kind == "embedding":
         with naming("oracle.encoder", settings.encoder):
@@ -83,12 +85,13 @@ def preference(settings: OracleSettings, token_file: str = "") -> Preference:
                 dtype=settings.dtype,
                 batch_size=settings.batch_size,
                 max_tokens=settings.max_tokens,
+                now=now,
             )
         return preferences.by_reward(scores, settings.scale)
     if settings.kind == "remote":
         served = remote_scores(settings, token_file)
         with naming("oracle.reward_model", settings.reward_model):
-            scores = remote_reward(served, settings.reward_model, settings.max_tokens)
+            scores = remote_reward(served, settings.reward_model, settings.max_tokens, now)
         return processes.asked_by_first(preferences.by_reward(scores, settings.scale))
     return processes.asked_by_first(user_function(settings.kind, "oracle.kind"))
 

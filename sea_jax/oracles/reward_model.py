@@ -3,6 +3,8 @@
 import bisect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Real
 
 from sea_jax.data import batching
+from sea_jax.data.conversations import messages_of, without_beginning
 from sea_jax.models import decoder, partition, tokenizer
 from sea_jax.models import reward as reward_models
 from sea_jax.models.checkpoints import hf
@@ -24,7 +27,8 @@ REWARD_BUCKET = 64  # tokens; texts of a reward model are padded to a multiple o
 def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> Callable[[str, str], list[int]]:
     """Returns how a prompt and its response become the token ids that a reward model reads.
 
-    They become the turns of user and assistant in its tokenizer's chat template; without a template, one text with a
+    They become the turns of user and assistant in its tokenizer's chat template, those of a conversation as they are; without
+    a template, one text with a
     space between them, unless there is one, and the EOS behind it (TL;DR models). It ends with the last token that is
     not the padding token of its config.json: there transformers reads the score.
 
@@ -37,8 +41,10 @@ def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int)
     padding = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
 
     def encode(prompt: str, response: str) -> list[int]:
+        shown = prompt if tokenizer.backend.chat_template else str(prompt)  # of a conversation, its text
+
         def without(dropped: int) -> list[int]:
-            return _conversation(tokenizer, prompt[dropped:], response)
+            return _conversation(tokenizer, without_beginning(shown, dropped), response)
 
         ids = without(0)
         if len(ids) > max_tokens:
@@ -50,7 +56,9 @@ def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int)
     return encode
 
 
-def reward_model_scores(source: str, *, dtype: str, batch_size: int, max_tokens: int) -> Reward:
+def reward_model_scores(
+    source: str, *, dtype: str, batch_size: int, max_tokens: int, now: datetime | None = None
+) -> Reward:
     """The scores of a reward model, a decoder with a scalar head such as Skywork-Reward-Llama-3.1-8B.
 
     Args:
@@ -58,12 +66,13 @@ def reward_model_scores(source: str, *, dtype: str, batch_size: int, max_tokens:
       dtype: of its matrices and its computation.
       batch_size: texts scored at a time, sorted by length.
       max_tokens: of prompt and response together, see `conversation_encoder`.
+      now: as of `Tokenizer`.
 
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source)
-    config, own_tokenizer = _read(directory)
+    config, own_tokenizer = _read(directory, now)
     params = partition.put(hf.load(directory).params, decoder.abstract(config), dtype)
     encode = conversation_encoder(directory, own_tokenizer, max_tokens)
     score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
@@ -80,19 +89,25 @@ def reward_model_scores(source: str, *, dtype: str, batch_size: int, max_tokens:
     return apply
 
 
-def remote_reward(score: Callable[[list[list[int]]], Real[np.ndarray, " N"]], source: str, max_tokens: int) -> Reward:
+def remote_reward(
+    score: Callable[[list[list[int]]], Real[np.ndarray, " N"]],
+    source: str,
+    max_tokens: int,
+    now: datetime | None = None,
+) -> Reward:
     """The scores of a reward model that somebody else runs; what it reads is encoded here.
 
     Args:
       score: of N conversations, as token ids without padding.
       source: the reward model's config.json and tokenizer, found as `hf.load` does; its weights are not needed.
       max_tokens: of prompt and response together, see `conversation_encoder`.
+      now: as of `Tokenizer`.
 
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source, weights=False)
-    _, own_tokenizer = _read(directory)
+    _, own_tokenizer = _read(directory, now)
     encode = conversation_encoder(directory, own_tokenizer, max_tokens)
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
@@ -105,17 +120,17 @@ def remote_reward(score: Callable[[list[list[int]]], Real[np.ndarray, " N"]], so
     return apply
 
 
-def _read(directory: Path) -> tuple[ModelConfig, Tokenizer]:
+def _read(directory: Path, now: datetime | None) -> tuple[ModelConfig, Tokenizer]:
     """Reads what a reward model is, and its tokenizer, which must fit it."""
     config, own_tokenizer = reward_models.check(hf.read_config(directory)), tokenizer.load(directory)
     tokenizer.check(own_tokenizer, config.vocab_size)
-    return config, own_tokenizer
+    return config, replace(own_tokenizer, now=now)
 
 
 def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
     """The token ids of a prompt and its response as a reward model reads them."""
     if tokenizer.backend.chat_template:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        turns = [*messages_of(prompt), {"role": "assistant", "content": response}]
         # The template writes the BOS.
         return tokenizer.encode(tokenizer.chat(turns, generation_prompt=False), add_special=False)
     apart = prompt[-1:].isspace() or response[:1].isspace()

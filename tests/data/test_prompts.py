@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from sea_jax.data import near_duplicates, sources
+from sea_jax.data import prompts as prompts_module
+from sea_jax.data.conversations import Conversation
 from sea_jax.data.near_duplicates import near_repeats, word_shingles
 from sea_jax.data.prompts import (
+    FILES,
     DataSettings,
     Rendered,
     collate,
@@ -134,7 +137,8 @@ def test_by_default_only_the_same_prompt_is_a_repeat_whatever_its_case_and_white
 
 
 def config(**fields: Any) -> DataSettings:
-    return DataSettings(**{"source": "jsonl", "prompt_field": "p", "heldout_fraction": 0.5} | fields)
+    given: dict[str, Any] = {"source": "jsonl", "prompt_field": "p", "heldout_fraction": 0.5, **fields}
+    return DataSettings(**given)
 
 
 def test_a_file_of_its_own_can_be_held_out(tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_an_unknown_source_is_refused() -> None:
         load_records(config(source="web"))
 
 
-@pytest.mark.parametrize("source", ["parquet", "huggingface", "tfds"])
+@pytest.mark.parametrize("source", ["csv", "parquet", "huggingface", "tfds"])
 def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     asked = []
 
@@ -185,14 +189,14 @@ def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.Monke
     monkeypatch.setattr(sources, source, read)
     files = {"path": "train.parquet", "heldout_path": "heldout.parquet"}
     splits = {"path": "named", "split": "sft", "heldout_split": "test", "subset": "short", "directory": "there"}
-    chosen = files if source == "parquet" else splits
+    chosen = files if source in FILES else splits
     parts = load_records(config(source=source, reference_field="r", **chosen))
     assert [[one["prompt"] for one in part] for part in parts] == [["a", "c"], ["b"]]
     columns = Columns("p", "r", id="id", id_optional=True)
     place = {"huggingface": {"subset": "short"}, "tfds": {"directory": "there"}}
     assert asked == (
         [("train.parquet", columns, {}), ("heldout.parquet", columns, {})]
-        if source == "parquet"
+        if source in FILES
         else [("named", columns, place[source] | {"split": split}) for split in ("sft", "test")]
     )
 
@@ -219,6 +223,40 @@ def test_a_chat_has_its_special_tokens_once(byte_tokenizer: Tokenizer) -> None:
     assert 1 not in render("a", byte_tokenizer, template="{prompt}", chat=False)
 
 
+def test_a_conversation_is_read_as_it_is(byte_tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    own = [{"role": "system", "content": "Be kind."}, *turns]
+    for messages, system, expected in ((turns, "", turns), (own, "Be brief.", own), (own[1:], "Be kind.", own)):
+        ids = render(Conversation(messages), byte_tokenizer, template="{prompt}", chat=True, system=system)
+        assert ids == byte_tokenizer.encode(byte_tokenizer.chat(expected), add_special=False)
+    alone = render(Conversation(turns[:1]), byte_tokenizer, template="{prompt}", chat=True)
+    assert alone == render("a", byte_tokenizer, template="{prompt}", chat=True)
+
+
+def test_conversations_need_a_chat_template_and_nothing_around_them(tmp_path: Path) -> None:
+    rows = [{"p": [{"role": "user", "content": f"hello {i}"}]} for i in range(20)]
+    path = str(lines(tmp_path / "a.jsonl", *rows))
+    with pytest.raises(ValueError, match=r"^config\.data\.chat=False: .*'hello 0'.*; set config\.data\.chat=True$"):
+        load_records(config(path=path))
+    with pytest.raises(ValueError, match=r"^config\.data\.template='Q: {prompt}': .*'hello 0'"):
+        load_records(config(path=path, chat=True, template="Q: {prompt}"))
+    for part in load_records(config(path=path, chat=True)):
+        assert all(isinstance(one["prompt"], Conversation) for one in part)
+
+
+def test_what_the_shell_left_of_a_line_break_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(lines(tmp_path / "all.jsonl", *({"p": f"prompt{i}"} for i in range(50))))
+    load_records(config(path=path, template="It's {prompt}\n\tBack\\slash", chat=True, system="Be\n{brief}"))
+    assert caplog.text == ""
+    load_records(config(path=path, template=r"It's {prompt}\n\nSummary:", chat=True, system=r"Tab\t"))
+    assert r"config.data.template holds a backslash and the letter n" in caplog.text
+    assert (
+        r"line break is meant, bash and zsh write it as --config.data.template=$'It\'s {prompt}\n\nSummary:'"
+        in caplog.text
+    )
+    assert r"tab is meant, bash and zsh write it as --config.data.system=$'Tab\t'" in caplog.text
+
+
 def test_a_chat_has_no_bos_but_what_its_template_writes(byte_tokenizer: Tokenizer) -> None:
     backend = copy.deepcopy(byte_tokenizer.backend)
     backend.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", "$A $B", [("<|im_start|>", 1)])
@@ -236,6 +274,9 @@ def test_long_prompts_are_left_out_and_counted(byte_tokenizer: Tokenizer, caplog
     assert [len(one.tokens) for one in kept] == [3, 4]
     assert [one.record for one in kept] == records[1:3]
     assert "2 of 4 prompts are over 4 tokens" in caplog.text
+    with mock.patch.object(prompts_module, "render", wraps=render) as rendering:
+        first = render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=4, limit=1)
+    assert (first, rendering.call_count) == (kept[:1], 2)
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens is 2.*from 3 to 9 tokens"):
         render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=2)
 

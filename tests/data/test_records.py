@@ -13,7 +13,7 @@ def rows(*fields: dict[str, Any]) -> Iterator[Row]:
 
 
 def test_bad_rows_are_counted_in_the_error_and_left_out_where_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
-    mixed = [{"p": "a"}, {"p": ""}, {"p": None}, {"p": "half \ud83d"}, {"q": "b"}, {"p": "c"}]
+    mixed: list[dict[str, Any]] = [{"p": "a"}, {"p": ""}, {"p": None}, {"p": "half \ud83d"}, {"q": "b"}, {"p": "c"}]
     with pytest.raises(ValueError, match=r"^f, line 2: .*is ''; .*; so it is with 3 more.*data\.skip_bad_rows=True"):
         records("f", rows(*mixed), Columns("p"))
     found = records("f", rows(*mixed), Columns("p", skip_bad_rows=True))

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from sea_jax.data.conversations import Conversation
 from sea_jax.models import decoder, encoder, reward, tokenizer
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.config import EncoderConfig, ModelConfig
@@ -338,6 +339,25 @@ def scorer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def score(scorer):
     return reward_model_scores(str(scorer), dtype="float32", batch_size=2, max_tokens=128)
+
+
+def test_a_conversation_is_scored_in_its_own_turns_and_its_beginning_is_cut(scorer):
+    sent: list[list[int]] = []
+
+    def service(inputs):
+        sent.extend(inputs)
+        return np.zeros(len(inputs))
+
+    words = tokenizer.load(scorer)
+    turns = [{"role": role, "content": f"{role}'s words"} for role in ("system", "user", "assistant", "user")]
+    for max_tokens in (256, 88):
+        remote_reward(service, str(scorer), max_tokens=max_tokens)([Conversation(turns)], ["b"])
+    chat = words.chat([*turns, {"role": "assistant", "content": "b"}], generation_prompt=False)
+    assert sent[0] == words.encode(chat, add_special=False)[:-1]  # the last token is also the padding
+    assert len(sent[1]) == 87 < len(sent[0])
+    shown = words.decode(sent[1])
+    assert shown.startswith("system: user: er's words")
+    assert shown.endswith("user: user's wordsassistant: b")
 
 
 def test_scores_are_those_of_transformers(scorer, score):
