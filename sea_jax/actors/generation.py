@@ -1,6 +1,6 @@
 """Prompts in, M sampled responses each out: the prompt is read once, its KV is shared, one jitted while_loop writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -121,6 +121,17 @@ def texts_of(tokenizer: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
         ]
 
     return decode
+
+
+def finished_by(eos_ids: Sequence[int]) -> Callable[[Candidates], Bool[np.ndarray, "B M"]]:
+    """Returns the function that tells which candidates ended by themselves; the others were cut at T tokens."""
+
+    def finished(candidates: Candidates) -> Bool[np.ndarray, "B M"]:
+        tokens, lengths = np.asarray(candidates.tokens), np.asarray(candidates.lengths)
+        last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
+        return np.isin(last, eos_ids) & (lengths > 0)
+
+    return finished
 
 
 class _State(NamedTuple):
