@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from sea_jax import agent as sea
 from sea_jax import config as configuration
 from sea_jax import ensemble, evaluation, labels, learner, losses, replay, report, sampling, wiring
-from sea_jax.actors.generation import finished_by, texts_of
 from sea_jax.actors.responder import resumable
+from sea_jax.actors.texts import finished_by
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
@@ -30,6 +30,7 @@ from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
 from sea_jax.settings import walk
 from sea_jax.workdir import (
+    as_begun,
     beginning,
     check_models,
     check_prompts,
@@ -71,6 +72,8 @@ def train(
     settings = configuration.located(configuration.resolve(config))
     mesh = make_mesh(settings.mesh)
     settings = replace(settings, mesh=mesh_sizes(mesh))  # what -1 stood for, so that a run goes on where it fits
+    settings = replace(settings, oracle=replace(settings.oracle, scale=oracle.own_scale(settings.oracle)))
+    settings = as_begun(settings, workdir)
     with jax.set_mesh(mesh):
         train_on(mesh, settings, workdir, allow_changed, labels_of)
 
@@ -125,8 +128,8 @@ def train_on(
         passive = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
-            texts=texts_of(policy.tokenizer),
-            finished=finished_by(parts.sampling.eos_ids),
+            texts=parts.texts,
+            finished=finished_by(parts.sampling.eos_ids, policy.tokenizer, parts.stop),
             unfinished=config.exploration.unfinished,
             features=parts.features,
             logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),

@@ -217,6 +217,42 @@ def takes(asked: Callable[..., Any], name: str) -> bool:
     return parameter is not None
 
 
+SEEN, CERTAIN = 64, 0.95  # pairs after which a share of certain ones is told
+
+
+def told_if_certain(oracle: Oracle, scale: float) -> Oracle:
+    """Says once in the log if nearly all probabilities are 0 or 1, so that there is nothing to draw.
+
+    Args:
+      oracle: asked as it is.
+      scale: what its rewards are multiplied by.
+    """
+    seen, certain, told = 0, 0, False
+
+    def watched(
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
+        asks: Sequence[str],
+    ) -> Iterator[Judgement]:
+        nonlocal seen, certain, told
+        for judgement in oracle(prompts, first, second, swapped, keys, asks):
+            seen += len(judgement.probability)
+            certain += int((np.abs(judgement.probability - 0.5) > 0.499).sum())
+            if not told and seen >= SEEN and certain >= CERTAIN * seen:
+                told = True
+                logging.warning(
+                    "%d of the oracle's %d probabilities are 0 or 1 to three digits: its labels are as good as deterministic; "
+                    "lower config.oracle.scale (%g) if they should not be",
+                    *(certain, seen, scale),
+                )
+            yield judgement
+
+    return watched
+
+
 def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
     """Wraps any oracle so that each label is exchanged (z -> 1 - z) with a given probability (SEA paper, App. G.4).
 

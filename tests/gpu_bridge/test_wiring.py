@@ -36,7 +36,7 @@ def oracle() -> Iterator[Fake]:
 def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(fake.TOKEN)
-    tiny_random.write(tmp_path / "reward", "tiny-random-llama-reward")
+    tiny_random.write(tmp_path / "reward", "tiny-random-llama-reward", changes={"max_position_embeddings": 2048})
     (tmp_path / "reward" / "model.safetensors").unlink()  # not needed where others run the model
     config = tiny_random_config.get_config()
     config.bridge_token_file = str(token)
@@ -71,4 +71,4 @@ def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) ->
     # The taste of the oracle.
     probability = parts.preference(["x"], ["short"], ["a little longer"])
     (first, second) = (ids for message in oracle.sent(protocol.SCORE) for ids in message["inputs"])
-    assert probability == expit(config.oracle.scale * (fake.score(first) - fake.score(second)))
+    assert probability == expit(fake.score(first) - fake.score(second))  # the scores are logits

@@ -62,7 +62,7 @@ def test_which_responses_may_be_compared():
     assert np.argwhere(two[0]).tolist() == [[0, 2], [2, 0]]
 
 
-def of_an_even_first_token(eos_ids):
+def of_an_even_first_token(eos_ids, tokenizer, strings):
     return lambda candidates: np.asarray(candidates.tokens[..., 0]) % 2 == 0
 
 
