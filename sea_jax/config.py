@@ -83,6 +83,12 @@ class RunSettings:
             yield (
                 "config.eval.against_references=True: data.reference_field must name the field that holds the references"
             )
+        for field, taste in (("oracle", self.oracle), ("eval.judge", self.eval.judge)):
+            if taste.reads_references and self.data.source != "docstrings" and not self.data.reference_field:
+                yield (
+                    f"config.{field}.against={taste.against!r}: data.reference_field must name the field that holds the "
+                    "references"
+                )
         if actor.lag == 1 and planning:
             yield "config.actor.lag=1: exploration.planning_steps must be 0, planning asks the newest policy"
         if actor.kind == "bridge" and not 0.01 <= sampling.temperature <= 2:
@@ -274,20 +280,25 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retries", "actor.transport"} | {
     *("actor.weights_directory", "actor.weights_host", "actor.weights_port"),
     *("oracle.urls", "oracle.timeout_s", "oracle.retries"),
+    *("eval.judge.urls", "eval.judge.timeout_s", "eval.judge.retries"),
+    *("eval.oracle", "eval.likelihood_prompts"),  # what is measured besides changes nothing that is learnt
 }
 
 
 def differences(now: RunSettings, then: RunSettings) -> list[str]:
     """Compares settings with those that a work directory was made with, the places of servers aside.
 
+    A run that had no judge may go on with any.
+
     Returns:
       One line per field that differs; empty if none does.
     """
     values = {name: value for name, _, value in settings.walk(then)}
+    had_judge = bool(then.eval.judge.kind)
     return sorted(
         f"config.{name}: {values[name]!r} in the work directory, {value!r} now"
         for name, _, value in settings.walk(now)
-        if name not in MAY_DIFFER and value != values[name]
+        if name not in MAY_DIFFER and value != values[name] and (had_judge or not name.startswith("eval.judge."))
     )
 
 

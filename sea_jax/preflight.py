@@ -28,12 +28,17 @@ def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
       ValueError: one line per model or data set that is not there or cannot be read.
     """
     sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
-    if config.oracle.kind in ("reward_model", "remote"):
-        sources["oracle.reward_model"] = config.oracle.reward_model
+    tastes = {"oracle": config.oracle, "eval.judge": config.eval.judge}
+    sources |= {
+        f"{field}.reward_model": taste.reward_model
+        for field, taste in tastes.items()
+        if taste.kind in ("reward_model", "remote")
+    }
+    served = {f"{field}.reward_model" for field, taste in tastes.items() if taste.kind == "remote"}
     faults = []
     for field, source in sources.items():
         try:
-            if field == "oracle.reward_model" and config.oracle.kind == "remote":
+            if field in served:
                 hf.locate(source, weights=False)
             elif source and not source.startswith(cache.PREFIX):
                 hf.read_config(source)
@@ -50,6 +55,15 @@ def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
         )
     if faults:
         raise ValueError("\n".join(faults))
+    for field, taste, some, which in (
+        ("oracle", config.oracle, records[0], "training"),
+        ("eval.judge", config.eval.judge, records[1], "held-out"),
+    ):
+        if taste.reads_references and not any(record["reference"].strip() for record in some):
+            raise ValueError(
+                f"config.{field}.against={taste.against}: none of {len(some)} {which} prompts has a reference; name their "
+                "field in config.data.reference_field, or set it to prompt"
+            )
     return records
 
 
@@ -82,8 +96,9 @@ def check_mesh(
         batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
     if config.erm.trunk:
         batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
-    if config.oracle.kind == "reward_model":
-        batch_sizes["oracle.batch_size"] = config.oracle.batch_size
-        with naming("oracle.reward_model", config.oracle.reward_model):
-            models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
+    for part, taste in (("oracle", config.oracle), ("eval.judge", config.eval.judge)):
+        if taste.kind == "reward_model":
+            batch_sizes[f"{part}.batch_size"] = taste.batch_size
+            with naming(f"{part}.reward_model", taste.reward_model):
+                models[f"{part}.reward_model"] = reward.check(describe(taste.reward_model))
     check_divides(mesh, batch_sizes, models)

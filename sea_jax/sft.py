@@ -18,7 +18,7 @@ from sea_jax import config as configuration
 from sea_jax import learner
 from sea_jax.config import SftSettings
 from sea_jax.data.fingerprint import of_records
-from sea_jax.data.prompts import Rendered, collate, load_prompts, load_records
+from sea_jax.data.prompts import Rendered, collate, load_prompts, load_records, reference_ids
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
@@ -137,24 +137,6 @@ def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response
             "tokens; name the references' field in config.data.reference_field, or raise the limit"
         )
     return kept
-
-
-def reference_ids(one: Rendered, words: Tokenizer) -> list[int]:
-    """Returns the token ids of a prompt's reference as the model would write it behind that prompt.
-
-    Most tokenizers join a space to the word behind it, so that one comes first unless the prompt ends in whitespace or in a
-    special token, as most chat templates do.
-
-    Args:
-      one: a prompt.
-      words: the policy's tokenizer.
-
-    Returns:
-      Token ids, the end-of-sequence token included.
-    """
-    reference, end = one.record["reference"].strip(), words.decode(one.tokens[-1:])  # of a special token: ""
-    behind_word = end != "" and not end[-1].isspace()
-    return [*words.encode(f" {reference}" if behind_word else reference, add_special=False), words.eos_id]
 
 
 def _batches(

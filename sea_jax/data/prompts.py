@@ -396,6 +396,24 @@ def render_all(
     return kept
 
 
+def reference_ids(one: Rendered, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of a prompt's reference as the model would write it behind that prompt.
+
+    Most tokenizers join a space to the word behind it, so that one comes first unless the prompt ends in whitespace or in a
+    special token, as most chat templates do.
+
+    Args:
+      one: a prompt.
+      tokenizer: the policy's.
+
+    Returns:
+      Token ids, the end-of-sequence token included.
+    """
+    reference, end = one.record["reference"].strip(), tokenizer.decode(one.tokens[-1:])  # of a special token: ""
+    behind_word = end != "" and not end[-1].isspace()
+    return [*tokenizer.encode(f" {reference}" if behind_word else reference, add_special=False), tokenizer.eos_id]
+
+
 def collate(rendered: Sequence[Rendered], pad_id: int, bucket: int) -> Batch:
     """Puts prompts into one batch, padded on the left with `pad_id` to the next multiple of a bucket of tokens."""
     longest = max(len(prompt.tokens) for prompt in rendered)
