@@ -17,6 +17,7 @@ from sea_jax.settings import (
     NOT_NEGATIVE,
     POSITIVE,
     URLS,
+    Check,
     addresses,
     naming,
     one_of,
@@ -27,6 +28,8 @@ from sea_jax.settings import (
 from sea_jax.types import Oracle, Preference
 
 KINDS = ("embedding", "reward_model", "remote")
+KIND: Check = one_of_or_user(KINDS)
+KIND_OR_NONE: Check = (lambda v: v == "" or KIND[0](v), f"empty, {KIND[1]}")
 KINDS_TOLD = '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference'
 
 
@@ -34,7 +37,7 @@ KINDS_TOLD = '"embedding" similarity, a "reward_model" in this process, "remote"
 class PreferenceSettings:
     """Whose taste it is."""
 
-    kind: str = setting("embedding", KINDS_TOLD, one_of_or_user(KINDS))
+    kind: str = setting("embedding", KINDS_TOLD, KIND)
     encoder: str = setting("builtin:all-minilm-l6-v2", "embedding: whose embeddings are compared")
     against: str = setting(
         "prompt",
@@ -84,7 +87,7 @@ class PreferenceSettings:
 class JudgeSettings(PreferenceSettings):
     """Who compares responses in evaluations, apart from the oracle; nothing is ever learnt from it."""
 
-    kind: str = setting("", f'"": there is none; {KINDS_TOLD}', one_of_or_user(("", *KINDS)))
+    kind: str = setting("", f'"": there is none; {KINDS_TOLD}', KIND_OR_NONE)
 
 
 @dataclass(frozen=True)
