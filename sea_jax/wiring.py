@@ -127,9 +127,7 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
     references = {
         record["prompt"]: text for some in records for record in some if (text := record["reference"].strip())
     }
-    taste = functools.partial(
-        oracle.preference, token_file=config.bridge_token_file, now=began, references=references
-    )
+    taste = functools.partial(oracle.preference, token_file=config.bridge_token_file, now=began, references=references)
     return Parts(
         policy=loaded,
         train_prompts=train_prompts,
