@@ -46,5 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.batch_size = 64
     config.eval.max_new_tokens = 20
     config.eval.best_of_n = 8
+    config.eval.likelihood_prompts = 32
+    config.eval.judge.kind = "embedding"
+    config.eval.judge.against = "reference"  # the summary that a person wrote, which nothing is learnt from
     config.checkpoint.every_steps = 4
     return config

@@ -18,6 +18,12 @@ def prefers_many_es(prompts: Sequence[str], first: Sequence[str], second: Sequen
     return 1 / (1 + np.exp(-margin.astype(np.float64)))
 
 
+def prefers_many_letters(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+    """The judge of this configuration: P(first wins) is a Bradley-Terry preference for different letters."""
+    margin = np.array([len(set(a)) - len(set(b)) for a, b in zip(first, second, strict=True)])
+    return 1 / (1 + np.exp(-margin.astype(np.float64)))
+
+
 def get_config() -> ml_collections.ConfigDict:
     """Returns the configuration."""
     config = default()
@@ -61,5 +67,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.max_new_tokens = 8
     config.eval.best_of_n = 2
     config.eval.best_of_n_prompts = 6
+    config.eval.judge.kind = "configs.tiny_random:prefers_many_letters"
     config.checkpoint.every_steps = 2
     return config

@@ -22,7 +22,7 @@ from sea_jax.features import FeatureSettings
 from sea_jax.learner import LearnerSettings
 from sea_jax.losses import LossSettings
 from sea_jax.models.checkpoints.hf import EXPORTED
-from sea_jax.oracles.oracle import OracleSettings
+from sea_jax.oracles.oracle import OracleSettings, PreferenceSettings
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
 from sea_jax.runtime.checkpoint import CheckpointSettings
@@ -87,6 +87,12 @@ class RunSettings:
             yield (
                 "config.eval.against_references=True: data.reference_field must name the field that holds the references"
             )
+        for field, taste in (("oracle", self.oracle), ("eval.judge", self.eval.judge)):
+            if taste.reads_references and self.data.source != "docstrings" and not self.data.reference_field:
+                yield (
+                    f"config.{field}.against={taste.against!r}: data.reference_field must name the field that holds the "
+                    "references"
+                )
         if actor.lag == 1 and planning:
             yield "config.actor.lag=1: exploration.planning_steps must be 0, planning asks the newest policy"
         if actor.kind == "bridge" and not 0.01 <= sampling.temperature <= 2:
@@ -141,6 +147,7 @@ def indivisible(data: DataSettings, learner: LearnerSettings) -> Iterator[str]:
 
 
 Settings = TypeVar("Settings", RunSettings, SftSettings)
+Taste = TypeVar("Taste", bound=PreferenceSettings)
 
 
 # ------------------------------------------------------------------------------------------------- The way to ml_collections
@@ -302,6 +309,11 @@ MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retri
         "oracle.batch_size",
         "erm.trunk_batch_size",
     ),
+    *(
+        f"eval.judge.{name}"
+        for name in ("urls", "timeout_s", "retries", "concurrency", "max_abstentions", "batch_size")
+    ),
+    *("eval.oracle", "eval.likelihood_prompts"),  # what is measured besides changes nothing that is learnt
 }
 MAY_GROW = {"max_queries"}
 
@@ -319,6 +331,9 @@ def located(run: RunSettings) -> RunSettings:
     def if_there(source: str) -> str:  # else it is a name: of the hub, of a built-in model or in the cache
         return whole(source) if source and Path(source).expanduser().exists() else source
 
+    def of_taste(taste: Taste) -> Taste:
+        return replace(taste, encoder=if_there(taste.encoder), reward_model=if_there(taste.reward_model))
+
     is_file = run.data.source in FILES
     data = replace(
         run.data,
@@ -332,19 +347,22 @@ def located(run: RunSettings) -> RunSettings:
         data=data,
         policy=replace(run.policy, source=if_there(run.policy.source)),
         erm=replace(run.erm, trunk=if_there(run.erm.trunk)),
-        oracle=replace(
-            run.oracle, encoder=if_there(run.oracle.encoder), reward_model=if_there(run.oracle.reward_model)
-        ),
+        oracle=of_taste(run.oracle),
+        eval=replace(run.eval, judge=of_taste(run.eval.judge)),
     )
 
 
 def changes(now: RunSettings, then: RunSettings) -> dict[str, tuple[Any, Any]]:
-    """Returns what of the settings that decide a run's numbers is other than it was: name -> (then, now)."""
+    """Returns what of the settings that decide a run's numbers is other than it was: name -> (then, now).
+
+    A run that had no judge may go on with any.
+    """
     values = {name: value for name, _, value in settings.walk(then)}
+    had_judge = bool(then.eval.judge.kind)
     return {
         name: (values[name], value)
         for name, _, value in settings.walk(now)
-        if name not in MAY_DIFFER and value != values[name]
+        if name not in MAY_DIFFER and value != values[name] and (had_judge or not name.startswith("eval.judge."))
     }
 
 

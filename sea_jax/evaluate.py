@@ -17,20 +17,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sea_jax import ensemble, wiring
 from sea_jax.config import RunSettings, checked
 from sea_jax.data.fingerprint import fingerprint
-from sea_jax.evaluation import Evaluation, Responses
+from sea_jax.evaluation import ORACLE, Evaluation, EvaluationSettings, Responses, best_by, text_metrics
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh, mesh_sizes
+from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
+from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import check_fingerprint, export_policy
 from sea_jax.runtime import cache, checkpoint, console, files, processes
 from sea_jax.runtime.console import WORKDIR, join_processes
 from sea_jax.runtime.progress import Progress
-from sea_jax.statistics import Interval
+from sea_jax.statistics import AtEqualLength, Interval, at_equal_length
 from sea_jax.types import Array, Candidates, Generate, Params, Prompts
-from sea_jax.workdir import beginning, check_prompts, saved_settings
+from sea_jax.workdir import beginning, check_prompts, open_ledger, saved_settings
 
 for shared in ("workdir", "coordinator", "num_processes", "process_id", "deterministic"):
     flags.declare_key_flag(shared)  # so that --help shows them
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default: the newest.", lower_bound=0)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Step of the checkpoint, or best: by the judge, or the oracle if there is none; default: the newest.",
+)
 BEST_OF = flags.DEFINE_integer(
     "best_of", None, "Also the best of so many responses under the run's ensemble.", lower_bound=1
 )
@@ -49,7 +55,7 @@ NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Held-out prompts; defau
 def evaluate(
     workdir: Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     best_of: int = 0,
     export: Path | None = None,
     export_dtype: str = "",
@@ -60,7 +66,8 @@ def evaluate(
 
     Args:
       workdir: where `train` wrote; its checkpoints are only read, a run may be writing there.
-      step: of the checkpoint; None: the newest one that can be read.
+      step: of the checkpoint; "best": that of the evaluation with the best win rate, by the judge, or by the oracle if there
+        is none; None: the newest one that can be read.
       best_of: N of best of N under the ensemble; 0: not.
       export: where the policy goes as a Hugging Face directory; None: nowhere.
       export_dtype: of its weights; "": as of `export_policy`.
@@ -72,7 +79,7 @@ def evaluate(
       OSError: a file cannot be read or written.
     """
     settings = saved_settings(workdir)
-    check_checkpoint(workdir / "checkpoints", step)
+    step = found_checkpoint(workdir / "checkpoints", step, settings.eval)
     if export is not None:
         check_export(export)
     settings = replace(
@@ -121,15 +128,21 @@ def evaluate_on(
     batches = 2 * math.ceil(len(parts.heldout_prompts) / config.eval.batch_size) + math.ceil(
         few / config.data.batch_size
     )
-    with watching(batches) as watched:
-        heldout = wiring.heldout_evaluation(config, parts, best_of, watched)
-        written = {"initial": heldout.initial, "response": heldout.greedy(trained, version)}
-        if best_of:
-            written["best_of_n"] = heldout.best_of_n(trained, state["ensemble"], version)
+    with (
+        open_ledger(workdir / COMMAND_LEDGER) as asked,
+        Ledger(workdir / EVALUATION_LEDGER, writes=False) as asked_by_run,
+    ):
+        with watching(batches) as watched:
+            heldout = wiring.heldout_evaluation(config, parts, best_of, (asked, asked_by_run), watched)
+            written = {"initial": heldout.initial, "response": heldout.greedy(trained, version)}
+            if best_of:
+                written["best_of_n"] = heldout.best_of_n(trained, state["ensemble"], version)
+        comparisons = compared(heldout, written)
 
-    # ------------------------------------------------------------------------------------------------------ Win rates, export
-    comparisons = compared(heldout, written)
+    # ------------------------------------------------------------------------------------------------------ Numbers, export
     lengths = {name: float(responses.lengths.mean()) for name, responses in written.items()}
+    weights = {"initial": parts.policy.reference, "response": trained, "best_of_n": trained}
+    texts = {name: text_metrics(heldout, weights[name], responses) for name, responses in written.items()}
     settings = {
         "mesh": list(config.mesh),
         "num_prompts": len(heldout.records),
@@ -145,6 +158,7 @@ def evaluate_on(
         "policy_steps": version,
         "win_rates": {comparison.name: comparison.row() for comparison in comparisons},
         "response_tokens": lengths,
+        "texts": {name: {key.removeprefix("eval/"): v for key, v in row.items()} for name, row in texts.items()},
         "settings": settings,
     }
     if processes.is_first():
@@ -159,6 +173,7 @@ def evaluate_on(
             "reference": "references",
         }
         print(table(comparisons, lengths, titles))
+        print(f"\n{text_table(texts, titles)}")
         print(
             f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
         )
@@ -168,12 +183,13 @@ def evaluate_on(
             print(f"The policy is in {export}, as Hugging Face's libraries read it.")
 
 
-def check_checkpoint(directory: Path, step: int | None) -> None:
-    """Refuses a step of which there is no checkpoint, and a run that has none.
+def found_checkpoint(directory: Path, step: int | str | None, measured: EvaluationSettings) -> int | None:
+    """Returns the step of which a checkpoint is wanted; None: any. Refuses one that is not there.
 
     Args:
       directory: the run's checkpoints.
-      step: from the command line; None: any.
+      step: from the command line: a number, "best", or None.
+      measured: how the run was evaluated.
 
     Raises:
       ValueError: there is none.
@@ -181,10 +197,22 @@ def check_checkpoint(directory: Path, step: int | None) -> None:
     found = checkpoint.steps(directory)
     if not found:
         raise ValueError(f"{directory} holds no checkpoint; the run writes the first one before its first step")
-    if step is not None and step not in found:
+    if step is None:
+        return None
+    if step == "best":
+        by = best_by(measured)
+        best = checkpoint.best(directory, by)
+        if best is None:
+            raise ValueError(
+                f"--checkpoint=best: no checkpoint in {directory} was saved with a win rate by the {by or 'judge'}; "
+                f"there are those of the steps {_listed(found)}"
+            )
+        return best
+    if not str(step).isdecimal() or int(step) not in found:
         raise ValueError(
             f"--checkpoint={step}: there is no such checkpoint; there are those of the steps {_listed(found)}"
         )
+    return int(step)
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -220,7 +248,7 @@ def fitting_mesh(config: RunSettings) -> tuple[int, ...]:
         return tuple(config.mesh)
     batches = [config.data.batch_size, config.eval.batch_size, config.sampling.batch_size]
     batches += [config.erm.trunk_batch_size] if config.erm.trunk else []
-    batches += [config.oracle.batch_size] if config.oracle.kind == "reward_model" else []
+    batches += [taste.batch_size for taste in (config.oracle, config.eval.judge) if taste.kind == "reward_model"]
     return (1, math.gcd(here, *batches) if alone else -1, 1)
 
 
@@ -285,28 +313,35 @@ class Comparison:
     Attributes:
       responses: "response" (the policy's, greedily), "best_of_n" or "initial" (the initial policy's, greedily).
       against: "initial" or "reference".
+      by: who compares, "oracle" or "judge".
       interval: the win rate.
       probability: P(response wins), one for each prompt; NaN where there is nothing to win against.
+      freed: the win rate without differences in length.
     """
 
     responses: str
     against: str
+    by: str
     interval: Interval
     probability: np.ndarray
+    freed: AtEqualLength
 
     @property
     def name(self) -> str:
-        """Such as response_over_initial."""
-        return f"{self.responses}_over_{self.against}"
+        """Such as response_over_initial, or response_over_initial_by_judge."""
+        return f"{self.responses}_over_{self.against}" + ("" if self.by == ORACLE else f"_by_{self.by}")
 
     def row(self) -> dict[str, Any]:
         """Returns it as evaluation-STEP.json holds it."""
-        return {
-            "win_rate": self.interval.mean,
-            "low": self.interval.low,
-            "high": self.interval.high,
-            "prompts": self.interval.count,
-        }
+        return (
+            _row(self.interval)
+            | {"length_controlled": _row(self.freed.controlled)}
+            | ({"similar_length": _row(self.freed.similar)} if self.freed.similar else {})
+        )
+
+
+def _row(interval: Interval) -> dict[str, Any]:
+    return {"win_rate": interval.mean, "low": interval.low, "high": interval.high, "prompts": interval.count}
 
 
 def compared(heldout: Evaluation, written: Mapping[str, Responses]) -> list[Comparison]:
@@ -317,17 +352,26 @@ def compared(heldout: Evaluation, written: Mapping[str, Responses]) -> list[Comp
       written: name -> responses to the first of the held-out prompts.
 
     Returns:
-      Comparisons.
+      Comparisons, those of the oracle before those of the judge.
     """
-    opponents = {"initial": heldout.against_initial, "reference": heldout.against_references}
-    pairs = [(name, against) for name in ("response", "best_of_n", "initial") for against in opponents]
-    pairs = [(name, against) for name, against in pairs if name in written and name != against]
+    ways = {"initial": heldout.against_initial, "reference": heldout.against_references}
+    opponents = {
+        "initial": heldout.initial.texts,
+        "reference": [record["reference"].strip() for record in heldout.records],
+    }
+    kinds = [name for name in ("response", "best_of_n", "initial") if name in written]
+    groups = [(who, against) for who in heldout.preferences for against in ways]
     comparisons = []
-    with Progress(len(pairs), "comparison") as progress:
-        for done, (name, against) in enumerate(pairs, start=1):
-            found = opponents[against](written[name].texts)
-            if found is not None:
-                comparisons.append(Comparison(name, against, *found))
+    with Progress(len(groups), "comparison") as progress:
+        for done, (who, against) in enumerate(groups, start=1):
+            found = {name: ways[against](written[name].texts, who) for name in kinds if name != against}
+            known = {name: one for name, one in found.items() if one is not None}
+            pairs = [(probability, written[name].texts) for name, (_, probability) in known.items()]
+            controlled = at_equal_length(pairs, opponents[against]) if pairs else []
+            comparisons += [
+                Comparison(name, against, who, interval, probability, lengths)
+                for (name, (interval, probability)), lengths in zip(known.items(), controlled, strict=True)
+            ]
             progress.update(done, {})
     return comparisons
 
@@ -368,19 +412,42 @@ def table(comparisons: Sequence[Comparison], lengths: Mapping[str, float], title
       titles: what each kind is called.
     """
     lines = [
-        "| responses of | tokens | against | prompts | win rate [95% interval] |",
-        "| --- | ---: | --- | ---: | ---: |",
+        "| responses of | tokens | by | against | prompts | win rate [95% interval] | at equal length | at similar (pairs) |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for one in comparisons:
-        rate = f"{one.interval.mean:.3f} [{one.interval.low:.3f}, {one.interval.high:.3f}]"
+        similar = one.freed.similar
         cells = [
             titles[one.responses],
             f"{lengths[one.responses]:.1f}",
+            one.by,
             titles[one.against],
             str(one.interval.count),
-            rate,
+            one.interval.shown(),
+            one.freed.controlled.shown(),
+            f"{similar.shown()} ({similar.count})" if similar else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def text_table(texts: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+    """Returns what is told of each kind of responses without anybody's taste, as a Markdown table.
+
+    Args:
+      texts: kind -> `evaluation.text_metrics`.
+      titles: what each kind is called.
+    """
+    names = {
+        "eval/distinct_words": "distinct words",
+        "eval/repeated_trigrams": "with a repeated 3-gram",
+        "eval/fluency": "log-prob per token under the initial policy",
+        "eval/reference_loss": "loss per token on references",
+    }
+    shown = [name for name in names if any(name in row for row in texts.values())]
+    lines = [f"| responses of | {' | '.join(names[name] for name in shown)} |", f"| --- |{' ---: |' * len(shown)}"]
+    for kind, row in texts.items():
+        lines.append(f"| {titles[kind]} | {' | '.join(f'{row[name]:.3f}' for name in shown)} |")
     return "\n".join(lines)
 
 

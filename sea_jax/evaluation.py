@@ -1,4 +1,4 @@
-"""How good the policy is: its greedy responses to held-out prompts against the initial policy's, as the oracle sees it."""
+"""How good the policy is: its greedy responses to held-out prompts against the initial policy's, as oracle and judge see it."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +12,22 @@ from sea_jax import ensemble, sampling
 from sea_jax.data.prompts import Record
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
+from sea_jax.oracles.oracle import JudgeSettings
 from sea_jax.oracles.preferences import answers
-from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
-from sea_jax.statistics import Interval, win_rate
+from sea_jax.policy_logprobs import ReadLikelihood
+from sea_jax.repetition import repetition_metrics
+from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, section, setting
+from sea_jax.statistics import Interval, win_rate, wins_of
 from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
 Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
+ORACLE, JUDGE = "oracle", "judge"
+# Who judges -> what the metrics call the win rates of the policy's greedy responses, and of the best of N.
+WIN_RATES = {
+    ORACLE: {"policy": "rm_win_rate", "best_of_n": "bon_win_rate", "reference": "rm_reference_win_rate"},
+    JUDGE: {"policy": "judge_win_rate", "best_of_n": "bon_judge_win_rate", "reference": "judge_reference_win_rate"},
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,22 @@ class EvaluationSettings:
     against_references: bool = setting(False, "also against the data set's own responses")
     best_of_n: int = setting(0, "at the end: best of n under the ERM; 0: not", NOT_NEGATIVE)
     best_of_n_prompts: int = setting(64, "held-out prompts for it", AT_LEAST_1)
+    likelihood_prompts: int = setting(
+        128,
+        "held-out prompts at which fluency and the loss on references are measured; 0: not",
+        NOT_NEGATIVE,
+    )
+    oracle: bool = setting(True, "ask the oracle, too, not counted as queries; False: the judge alone, if there is one")
+    judge: JudgeSettings = section(JudgeSettings)
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for everything that does not go together."""
+        yield from self.judge.faults_of("eval.judge")
+
+
+def best_by(settings: EvaluationSettings) -> str:
+    """Returns by whose win rate a checkpoint is the best; "": nobody is asked."""
+    return JUDGE if settings.judge.kind else ORACLE if settings.oracle else ""
 
 
 @dataclass(frozen=True)
@@ -41,10 +66,12 @@ class Responses:
     Attributes:
       texts: N.
       lengths: [N] response tokens, the end-of-sequence token included.
+      tokens: [N, T], padded behind the end of the sequence.
     """
 
     texts: list[str]
     lengths: np.ndarray
+    tokens: np.ndarray
 
 
 def greedy(generate: Generate, texts: Texts, trained: Params, version: int, heldout: HeldOut) -> Responses:
@@ -62,11 +89,13 @@ def greedy(generate: Generate, texts: Texts, trained: Params, version: int, held
     """
     written: list[str] = []
     lengths: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
     for batch, counts in heldout:
         candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.key(0), version)
         written += [row[0] for row, count in zip(texts(candidates), counts, strict=True) if count]
         lengths.append(np.asarray(candidates.lengths)[counts, 0])
-    return Responses(written, np.concatenate(lengths))
+        tokens.append(np.asarray(candidates.tokens)[counts, 0])
+    return Responses(written, np.concatenate(lengths), np.concatenate(tokens))
 
 
 def best_of_n(
@@ -96,6 +125,7 @@ def best_of_n(
     """
     written: list[str] = []
     lengths: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
     for index, (batch, counts) in enumerate(heldout):
         candidates = generate(
             trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index), version
@@ -105,7 +135,8 @@ def best_of_n(
         rows = np.flatnonzero(counts)
         written += [responses[row][best[row]] for row in rows]
         lengths.append(np.asarray(candidates.lengths)[rows, best[rows]])
-    return Responses(written, np.concatenate(lengths))
+        tokens.append(np.asarray(candidates.tokens)[rows, best[rows]])
+    return Responses(written, np.concatenate(lengths), np.concatenate(tokens))
 
 
 @dataclass(frozen=True)
@@ -114,48 +145,56 @@ class Evaluation:
 
     Attributes:
       records: the N held-out records.
-      preference: the oracle's taste, free of noise.
+      preferences: who compares, ORACLE and JUDGE as far as they are asked -> the taste, free of noise.
       greedy: trained parameters, policy steps -> a response to every held-out prompt.
       best_of_n: trained parameters, ERM, policy steps -> the best of n responses to the first of them.
+      likelihood: what policies think of texts; None: it is not measured.
       initial: the initial policy's greedy responses.
       swapped: [N] bool, prompts at which the pair is shown the other way round.
     """
 
     records: Sequence[Record]
-    preference: Preference
+    preferences: Mapping[str, Preference]
     greedy: Callable[[Params, int], Responses]
     best_of_n: Callable[[Params, Ensemble, int], Responses]
+    likelihood: ReadLikelihood | None
     initial: Responses
     swapped: np.ndarray
 
-    def against_initial(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray]:
+    def against_initial(self, texts: Sequence[str], who: str) -> tuple[Interval, np.ndarray]:
         """Compares responses with the initial policy's.
 
         Args:
           texts: to the first n <= N held-out prompts.
+          who: compares, one of the preferences.
 
         Returns:
           As of `compare`.
         """
         count = len(texts)
-        return compare(self.preference, self._prompts(count), texts, self.initial.texts[:count], self.swapped[:count])
+        taste, opponents = self.preferences[who], self.initial.texts[:count]
+        return compare(taste, self._prompts(count), texts, opponents, self.swapped[:count], who)
 
-    def against_references(self, texts: Sequence[str]) -> tuple[Interval, np.ndarray] | None:
+    def against_references(self, texts: Sequence[str], who: str) -> tuple[Interval, np.ndarray] | None:
         """Compares responses with the data set's own, where it has one.
 
         Args:
           texts: to the first n <= N held-out prompts.
+          who: compares, one of the preferences.
 
         Returns:
-          As of `compare`, P(response wins) [n] being NaN where there is no reference; None if there is none at all.
+          As of `compare`, P(response wins) [n] being NaN where there is no reference; None if there is none at all, or if who
+          compares holds every response against it, so that nothing is as good.
         """
+        if getattr(self.preferences[who], "reads_references", False):
+            return None
         references = [record["reference"].strip() for record in self.records[: len(texts)]]
         there = [i for i, reference in enumerate(references) if reference]
         if not there:
             return None
         prompts = self._prompts(len(texts))
         prompts, known_texts, opponents = ([column[i] for i in there] for column in (prompts, texts, references))
-        interval, known = compare(self.preference, prompts, known_texts, opponents, self.swapped[there])
+        interval, known = compare(self.preferences[who], prompts, known_texts, opponents, self.swapped[there], who)
         probability = np.full(len(texts), np.nan)
         probability[there] = known
         return interval, probability
@@ -187,69 +226,68 @@ def evaluate(
     """
     start = time.perf_counter()
     now = evaluation.greedy(trained, version) if step else evaluation.initial
-    row, probability = measure(evaluation, now, "rm")
-    if settings.against_references:
-        row |= measure_against_references(evaluation, now, "rm")
+    best = None
     if settings.best_of_n and reward_model is not None:
-        row |= measure(evaluation, evaluation.best_of_n(trained, reward_model, version), "bon")[0]
+        best = evaluation.best_of_n(trained, reward_model, version)
+    row, probabilities = {"eval/rm_response_length": float(now.lengths.mean())}, {}
+    for who in evaluation.preferences:
+        names = WIN_RATES[who]
+        interval, probabilities[who] = evaluation.against_initial(now.texts, who)
+        row |= win_rate_metrics(interval, names["policy"])
+        if settings.against_references and (found := evaluation.against_references(now.texts, who)):
+            row |= win_rate_metrics(found[0], names["reference"])
+        if best is not None:
+            row |= win_rate_metrics(evaluation.against_initial(best.texts, who)[0], names["best_of_n"])
+    if best is not None:
+        row["eval/bon_response_length"] = float(best.lengths.mean())
+    row |= text_metrics(evaluation, trained, now)
     row |= {
         "eval/initial_response_length": float(evaluation.initial.lengths.mean()),
         "eval/elapsed_time": time.perf_counter() - start,
     }
-    return row, samples(evaluation, now, probability, step)
+    return row, samples(evaluation, now, probabilities, step)
 
 
-def measure(evaluation: Evaluation, responses: Responses, name: str) -> tuple[dict[str, float], np.ndarray]:
-    """Compares responses with the initial policy's.
-
-    Args:
-      evaluation: Evaluation.
-      responses: to the first n <= N held-out prompts.
-      name: of the way in which they were made, for the metrics: "rm" (the policy, greedily) or "bon" (best of N).
-
-    Returns:
-      Metrics, and P(response wins) [n].
-    """
-    interval, probability = evaluation.against_initial(responses.texts)
-    row = _row(interval, f"eval/{name}_win_rate")
-    return row | {f"eval/{name}_response_length": float(responses.lengths.mean())}, probability
+def win_rate_metrics(interval: Interval, name: str) -> dict[str, float]:
+    """Returns a win rate with its bounds as metrics."""
+    return {f"eval/{name}": interval.mean, f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
 
 
-def measure_against_references(evaluation: Evaluation, responses: Responses, name: str) -> dict[str, float]:
-    """Compares responses with the data set's own, where it has one.
+def text_metrics(evaluation: Evaluation, trained: Params, responses: Responses) -> dict[str, float]:
+    """Returns what nobody's taste is needed for: repetition within the responses, their fluency, the loss on references.
 
     Args:
       evaluation: Evaluation.
+      trained: the trained part of the parameters of the policy whose loss it is.
       responses: to the first n <= N held-out prompts.
-      name: as for `measure`.
-
-    Returns:
-      Metrics; empty if no prompt has a reference.
     """
-    found = evaluation.against_references(responses.texts)
-    return {} if found is None else _row(found[0], f"eval/{name}_reference_win_rate")
-
-
-def _row(interval: Interval, name: str) -> dict[str, float]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    found = repetition_metrics(responses.texts)
+    if evaluation.likelihood is not None:
+        likelihood = evaluation.likelihood(trained, responses.tokens, responses.lengths)
+        found["fluency"] = likelihood.fluency
+        if likelihood.reference_loss is not None:
+            found["reference_loss"] = likelihood.reference_loss
+    return {f"eval/{name}": value for name, value in found.items()}
 
 
 def samples(
-    evaluation: Evaluation, responses: Responses, probability: np.ndarray, step: int
+    evaluation: Evaluation, responses: Responses, probabilities: Mapping[str, np.ndarray], step: int
 ) -> Iterator[dict[str, Any]]:
     """Yields what samples.jsonl holds of an evaluation.
 
     Args:
       evaluation: Evaluation.
       responses: to the held-out prompts.
-      probability: P(response wins), one for each; NaN where there is no answer.
+      probabilities: who compares -> P(response wins), one for each; NaN where there is no answer.
       step: training step.
 
     Yields:
       One record per prompt.
     """
-    rows = zip(evaluation.records, responses.texts, evaluation.initial.texts, probability, strict=True)
-    for record, text, initial, p in rows:
+    names = {ORACLE: "win_probability", JUDGE: "judge_win_probability"}
+    rows = zip(evaluation.records, responses.texts, evaluation.initial.texts, strict=True)
+    for i, (record, text, initial) in enumerate(rows):
+        said = {names[who]: float(probability[i]) for who, probability in probabilities.items()}
         yield {
             "step": step,
             "prompt_id": record["id"],
@@ -257,7 +295,7 @@ def samples(
             "reference": record["reference"],
             "initial": initial,
             "response": text,
-        } | ({} if np.isnan(p) else {"win_probability": float(p)})
+        } | {name: probability for name, probability in said.items() if not np.isnan(probability)}
 
 
 def compare(
@@ -266,15 +304,17 @@ def compare(
     responses: Sequence[str],
     opponents: Sequence[str],
     swapped: np.ndarray,
+    who: str = ORACLE,
 ) -> tuple[Interval, np.ndarray]:
-    """Returns the share of prompts where the oracle, free of noise, prefers a response over its opponent's.
+    """Returns the share of prompts where a taste, free of noise, prefers a response over its opponent's.
 
     Args:
-      preference: the oracle's taste.
+      preference: the taste.
       prompts: N.
       responses: N.
       opponents: N.
       swapped: [N] bool, pairs that are shown with the opponent first.
+      who: compares, for errors.
 
     Returns:
       The win rate over the prompts that are answered, with its 95% interval, ties counting half; and P(response wins) [N],
@@ -292,5 +332,5 @@ def compare(
             probability[asked[rows]] = known
     decided = probability[~np.isnan(probability)]
     if not len(decided):
-        raise ValueError(f"the oracle was asked about {len(asked)} pairs of an evaluation and answered none")
-    return win_rate((np.sign(decided - 0.5) + 1) / 2), probability
+        raise ValueError(f"the {who} was asked about {len(asked)} pairs of an evaluation and answered none")
+    return win_rate(wins_of(decided)), probability

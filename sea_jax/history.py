@@ -1,7 +1,8 @@
 """What a run left in its work directory, read back: evaluations, curves, seeds of one method."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,35 @@ from typing import Any
 import numpy as np
 
 from sea_jax import config as configuration
+from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
 from sea_jax.runtime.files import read_lines
-from sea_jax.statistics import Interval, over_seeds
+from sea_jax.statistics import Interval, at_equal_length, over_seeds
 
 WIN_RATE = "eval/rm_win_rate"
+JUDGE_WIN_RATE = "eval/judge_win_rate"
 BEST_OF_N_WIN_RATE = "eval/bon_win_rate"
+BEST_OF_N_JUDGE_WIN_RATE = "eval/bon_judge_win_rate"
 QUERIES = "misc/query_step"
 GRADIENT_STEPS = "misc/gradient_steps"
 LENGTH = "eval/rm_response_length"
 INITIAL_LENGTH = "eval/initial_response_length"
-MEASURES = {"policy": WIN_RATE, "best of N": BEST_OF_N_WIN_RATE}
+# All are over the initial policy's responses.
+MEASURES = (WIN_RATE, JUDGE_WIN_RATE, BEST_OF_N_WIN_RATE, BEST_OF_N_JUDGE_WIN_RATE)
+# The same for the policy freed of length, which `read_run` works out from the samples.
+LENGTH_CONTROLLED = {win_rate: f"{win_rate}_length_controlled" for win_rate in (WIN_RATE, JUDGE_WIN_RATE)}
+SIMILAR_LENGTH = {win_rate: f"{win_rate}_similar_length" for win_rate in (WIN_RATE, JUDGE_WIN_RATE)}
+# What runs are compared by.
+COMPARED = {
+    "policy": WIN_RATE,
+    "policy at equal length": LENGTH_CONTROLLED[WIN_RATE],
+    "policy, by the judge": JUDGE_WIN_RATE,
+    "policy at equal length, by the judge": LENGTH_CONTROLLED[JUDGE_WIN_RATE],
+    "best of N": BEST_OF_N_WIN_RATE,
+    "best of N, by the judge": BEST_OF_N_JUDGE_WIN_RATE,
+}
+SAMPLED = {WIN_RATE: "win_probability", JUDGE_WIN_RATE: "judge_win_probability"}
+
+EXPLOITED_BY = 0.05  # so far at least the oracle's win rate rises, and the judge's falls, within two evaluations
 
 SAMPLE_FIELDS = ("step", "prompt_id", "prompt", "reference", "initial", "response")
 MOST_FIELDS_NAMED = 3  # in a method's label; if configurations differ in more, the work directory's name stands there
@@ -36,6 +56,7 @@ class Run:
     samples: list[Line]
     paid_labels: int
     erm_labels: int
+    evaluation_answers: Mapping[str, int]  # who was asked by evaluations -> pairs answered
 
     @property
     def label(self) -> str:
@@ -89,7 +110,7 @@ def read_run(workdir: Path) -> Run:
         raise ValueError(f"{paths['config.json']} must hold an object, found {type(config).__name__}")
     metrics = read_lines(paths["metrics.jsonl"])
     _require(paths["metrics.jsonl"], metrics, ("step",))
-    for win_rate in MEASURES.values():
+    for win_rate in MEASURES:
         measured = [line for line in metrics if win_rate in line]
         needed = (QUERIES, GRADIENT_STEPS, f"{win_rate}_low", f"{win_rate}_high", LENGTH, INITIAL_LENGTH)
         _require(paths["metrics.jsonl"], measured, needed)
@@ -98,20 +119,95 @@ def read_run(workdir: Path) -> Run:
     samples = read_lines(paths["samples.jsonl"])
     _require(paths["samples.jsonl"], samples, SAMPLE_FIELDS)
     paid_labels = sum(bool(label["counted"]) for label in labels)
-    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels)
+    answers: Counter[str] = Counter()
+    for path in (workdir / EVALUATION_LEDGER, workdir / COMMAND_LEDGER):
+        lines = [line for line in read_lines(path) if line.get("event") == "label"] if path.is_file() else []
+        _require(path, lines, ("labeller",))
+        answers.update(line["labeller"] for line in lines)
+    metrics = _free_of_length(metrics, samples)
+    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels, answers)
 
 
-def evaluations(run: Run, win_rate: str = WIN_RATE) -> list[Line]:
+def _free_of_length(metrics: Sequence[Line], samples: Sequence[Line]) -> list[Line]:
+    """Adds to the lines of evaluations what their win rates would be without differences in length."""
+    texts: dict[int, dict[str, Line]] = {}  # step -> prompt -> sample
+    for sample in samples:
+        texts.setdefault(sample["step"], {})[sample["prompt_id"]] = sample
+    freed = {line["step"]: dict(line) for line in metrics}
+    for win_rate, name in SAMPLED.items():
+        steps = [step for step, rows in texts.items() if step in freed and any(name in row for row in rows.values())]
+        prompts = list(dict.fromkeys(prompt for step in steps for prompt in texts[step]))
+        if not steps:
+            continue
+        rows = [[texts[step].get(prompt, {}) for prompt in prompts] for step in steps]
+        models = [
+            (np.array([row.get(name, np.nan) for row in own]), [row.get("response", "") for row in own]) for own in rows
+        ]
+        initial = [next(own[n]["initial"] for own in rows if own[n]) for n in range(len(prompts))]
+        for step, rates in zip(steps, at_equal_length(models, initial), strict=True):
+            for title, found in ((LENGTH_CONTROLLED, rates.controlled), (SIMILAR_LENGTH, rates.similar)):
+                if found is not None:
+                    key = title[win_rate]
+                    freed[step] |= {key: found.mean, f"{key}_low": found.low, f"{key}_high": found.high}
+                    freed[step][f"{key}_pairs"] = found.count
+    return list(freed.values())
+
+
+def exploited(lines: Sequence[Line]) -> Line | None:
+    """Returns the first evaluation at which the oracle seems to be exploited; None: there is none.
+
+    Twice in a row the oracle's win rate has risen and the judge's has fallen, the two times together by EXPLOITED_BY or out
+    of the interval that each had before.
+
+    Args:
+      lines: evaluations in their order; those without both win rates are passed over.
+    """
+    both = [line for line in lines if WIN_RATE in line and JUDGE_WIN_RATE in line]
+    for before, between, now in zip(both, both[1:], both[2:], strict=False):
+        rises = before[WIN_RATE] < between[WIN_RATE] < now[WIN_RATE]
+        falls = before[JUDGE_WIN_RATE] > between[JUDGE_WIN_RATE] > now[JUDGE_WIN_RATE]
+        high = min(before[f"{WIN_RATE}_high"], before[WIN_RATE] + EXPLOITED_BY)
+        low = max(before[f"{JUDGE_WIN_RATE}_low"], before[JUDGE_WIN_RATE] - EXPLOITED_BY)
+        if rises and falls and now[WIN_RATE] >= high and now[JUDGE_WIN_RATE] <= low:
+            return now
+    return None
+
+
+def exploitation(line: Line) -> str:
+    """Returns what is to be said of an evaluation that `exploited` has found."""
+    return (
+        f"at {line[QUERIES]:,} queries the oracle's win rate has risen twice in a row, to {line[WIN_RATE]:.3f}, while that of "
+        f"the judge, which nothing is learnt from, has fallen twice, to {line[JUDGE_WIN_RATE]:.3f}: the policy may be "
+        "learning what the oracle likes and nobody else; `python -m sea_jax.evaluate --checkpoint=best` takes the policy that "
+        "the judge liked best"
+    )
+
+
+def evaluations(run: Run, measure: str = LENGTH) -> list[Line]:
     """The metric lines that hold an evaluation.
 
     Args:
       run: a run.
-      win_rate: the metric that marks one.
+      measure: the metric that marks one.
 
     Returns:
       The lines in order.
     """
-    return [line for line in run.metrics if win_rate in line]
+    return [line for line in run.metrics if measure in line]
+
+
+def read_evaluations(workdir: Path) -> list[Line]:
+    """Returns the metric lines of a running run that hold an evaluation.
+
+    Args:
+      workdir: where its metrics.jsonl is.
+    """
+    return [line for line in read_lines(workdir / "metrics.jsonl") if LENGTH in line]
+
+
+def is_judged(run: Run) -> bool:
+    """Whether anybody compared a policy's responses with the initial policy's."""
+    return any(evaluations(run, win_rate) for win_rate in MEASURES)
 
 
 def interval(line: Line, win_rate: str) -> Interval:

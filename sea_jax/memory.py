@@ -423,18 +423,22 @@ def _reading_step(name: str, run: ShapedRun, sampling: generation.GenerationConf
 
 
 def scoring(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
-    """Returns what a reward model that answers in this process holds, and compiles its forward pass."""
-    oracle = run.config.oracle
-    if oracle.kind != "reward_model":
-        return {}, []
-    with naming("oracle.reward_model", oracle.reward_model):
-        judge = reward.check(describe(oracle.reward_model))
-    params = partition.abstract(hf.abstract(judge), oracle.dtype)
-    score = jax.jit(functools.partial(reward.apply, config=judge, dtype=oracle.dtype))
-    size = (oracle.batch_size, oracle.max_tokens)
-    tokens, valid = run.shape(jnp.int32, *size), run.shape(jnp.bool_, *size)
-    lower = functools.partial(score.lower, params, tokens=tokens, valid=valid)
-    return {"reward model": bytes_per_device(params)}, [compiled("score", lower, run.platform)]
+    """Returns what reward models that answer in this process hold, oracle's and judge's, and compiles their forward passes."""
+    held: dict[str, int] = {}
+    steps = []
+    for field, taste, whose in (("oracle", run.config.oracle, ""), ("eval.judge", run.config.eval.judge, "judge's ")):
+        if taste.kind != "reward_model":
+            continue
+        with naming(f"{field}.reward_model", taste.reward_model):
+            model = reward.check(describe(taste.reward_model))
+        params = partition.abstract(hf.abstract(model), taste.dtype)
+        score = jax.jit(functools.partial(reward.apply, config=model, dtype=taste.dtype))
+        size = (taste.batch_size, taste.max_tokens)
+        tokens, valid = run.shape(jnp.int32, *size), run.shape(jnp.bool_, *size)
+        lower = functools.partial(score.lower, params, tokens=tokens, valid=valid)
+        held[f"{whose}reward model"] = bytes_per_device(params)
+        steps.append(compiled(f"{whose}score", lower, run.platform))
+    return held, steps
 
 
 def _key(run: ShapedRun) -> Any:

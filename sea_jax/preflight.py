@@ -11,7 +11,7 @@ from sea_jax.models import reward
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import Config, DebertaConfig, ModelConfig
 from sea_jax.models.mesh import check_divides
-from sea_jax.oracles.oracle import OracleSettings
+from sea_jax.oracles.oracle import PreferenceSettings
 from sea_jax.oracles.reward_model import read_conversations
 from sea_jax.runtime import cache
 from sea_jax.settings import naming
@@ -30,12 +30,17 @@ def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
       ValueError: one line per model or data set that is not there or cannot be read.
     """
     sources = {"policy.source": config.policy.source, "erm.trunk": config.erm.trunk}
-    if config.oracle.kind in ("reward_model", "remote"):
-        sources["oracle.reward_model"] = config.oracle.reward_model
+    tastes = {"oracle": config.oracle, "eval.judge": config.eval.judge}
+    sources |= {
+        f"{field}.reward_model": taste.reward_model
+        for field, taste in tastes.items()
+        if taste.kind in ("reward_model", "remote")
+    }
+    served = {f"{field}.reward_model" for field, taste in tastes.items() if taste.kind == "remote"}
     faults = []
     for field, source in sources.items():
         try:
-            if field == "oracle.reward_model" and config.oracle.kind == "remote":
+            if field in served:
                 hf.locate(source, weights=False)
             elif source and not source.startswith(cache.PREFIX):
                 hf.read_config(source)
@@ -52,6 +57,15 @@ def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
         )
     if faults:
         raise ValueError("\n".join(faults))
+    for field, taste, some, which in (
+        ("oracle", config.oracle, records[0], "training"),
+        ("eval.judge", config.eval.judge, records[1], "held-out"),
+    ):
+        if taste.reads_references and not any(record["reference"].strip() for record in some):
+            raise ValueError(
+                f"config.{field}.against={taste.against}: none of {len(some)} {which} prompts has a reference; name their "
+                "field in config.data.reference_field, or set it to prompt"
+            )
     return records
 
 
@@ -80,14 +94,14 @@ def check_length(model: ModelConfig, prompt_tokens: int, response_tokens: int, f
     )
 
 
-def check_reward_model(settings: OracleSettings) -> None:
+def check_reward_model(settings: PreferenceSettings, field: str) -> None:
     """Refuses a reward model, here or at servers, that cannot read conversations as the settings say; loads no weights.
 
     Raises:
       ValueError: what keeps it from that, by the name of the field.
     """
     if settings.kind in ("reward_model", "remote"):
-        with naming("oracle.reward_model", settings.reward_model):
+        with naming(f"{field}.reward_model", settings.reward_model):
             here = settings.kind == "reward_model"
             directory = hf.locate(settings.reward_model, weights=here)
             read_conversations(directory, settings.max_tokens, weights=here)
@@ -122,8 +136,9 @@ def check_mesh(
         batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
     if config.erm.trunk:
         batch_sizes["erm.trunk_batch_size"] = config.erm.trunk_batch_size
-    if config.oracle.kind == "reward_model":
-        batch_sizes["oracle.batch_size"] = config.oracle.batch_size
-        with naming("oracle.reward_model", config.oracle.reward_model):
-            models["oracle.reward_model"] = reward.check(describe(config.oracle.reward_model))
+    for part, taste in (("oracle", config.oracle), ("eval.judge", config.eval.judge)):
+        if taste.kind == "reward_model":
+            batch_sizes[f"{part}.batch_size"] = taste.batch_size
+            with naming(f"{part}.reward_model", taste.reward_model):
+                models[f"{part}.reward_model"] = reward.check(describe(taste.reward_model))
     check_divides(mesh, batch_sizes, models)

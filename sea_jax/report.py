@@ -2,12 +2,13 @@
 
 Read are
 - config.json: "name" labels the method, "seed", the budget "max_queries", and what SETTINGS lists;
-- metrics.jsonl: a line per training step. Evaluations stand on the lines that hold "eval/rm_win_rate"; a name that ends
+- metrics.jsonl: a line per training step. Evaluations stand on the lines that hold "eval/rm_response_length"; a name that ends
   in "_time" and does not begin with "misc/" is a stage's seconds, no stage lying inside another;
 - queries.jsonl: a line per label, of which "counted" says whether it was paid for (else the ERM gave it), and lines whose
   "event" is "ask", which say what the oracle was asked;
-- samples.jsonl: a line per held-out prompt and evaluation, with "initial_reward" and "reward", or "win_probability", or
-  neither, as the oracle can tell.
+- evaluations.jsonl, evaluations-alone.jsonl: the same of what evaluations asked, where there are such files;
+- samples.jsonl: a line per held-out prompt and evaluation, with "initial_reward" and "reward", or "win_probability" and
+  "judge_win_probability", or none of them, as oracle and judge can tell.
 
     python -m sea_jax.report --workdir=DIR
     python -m sea_jax.report --workdir=SEED0 --workdir=SEED1 --workdir=BASELINE0 --output=DIR
@@ -39,12 +40,24 @@ SETTINGS = {
     "loss": ("loss", "name"),
     "oracle": ("oracle", "kind"),
 }
-EXAMPLES = 5
+TEXTS = {  # of what the responses are like without anybody's taste -> what it is called
+    "eval/distinct_words": "distinct words",
+    "eval/repeated_trigrams": "with a repeated 3-gram",
+    "eval/fluency": "fluency",
+    "eval/reference_loss": "loss on references",
+}
+EXAMPLES = 10
 PROMPT_CHARACTERS = 400
 RESPONSE_CHARACTERS = 600
 # Told apart in the common kinds of colour blindness: Okabe and Ito (2008), https://jfly.uni-koeln.de/color/.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LOOKS: dict[str, tuple[str, history.Line]] = {  # of each win rate's curve: what stands behind the label, and the line
+    history.WIN_RATE: ("", {}),
+    history.JUDGE_WIN_RATE: (", by the judge", {"linestyle": ":"}),
+    history.BEST_OF_N_WIN_RATE: (", best of N", {"linestyle": "--", "markerfacecolor": "white"}),
+    history.BEST_OF_N_JUDGE_WIN_RATE: (", best of N by the judge", {"linestyle": ":", "markerfacecolor": "white"}),
+}
 INTERVALS = (
     "Intervals are Student's t over seeds or, for a method with one seed, Wilson's over prompts. Seeds that were not "
     "evaluated at the same numbers of queries are compared by linear interpolation, as far as all of them have come."
@@ -90,12 +103,10 @@ def draw(runs: Sequence[history.Run], path: Path) -> None:
         for axes, (along, name) in zip(panels, names, strict=True):
             for index, (label, seeds) in enumerate(history.groups(runs).items()):
                 color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-                for measure, win_rate in history.MEASURES.items():
+                for win_rate, (told, appearance_of) in LOOKS.items():
                     if found := history.curve(seeds, win_rate, along):
                         x = found.queries if along == history.QUERIES else found.gradient_steps
-                        look: history.Line = {"marker": marker, "label": label}
-                        if win_rate == history.BEST_OF_N_WIN_RATE:
-                            look |= {"linestyle": "--", "markerfacecolor": "white", "label": f"{label}, {measure}"}
+                        look: history.Line = {"marker": marker, "label": f"{label}{told}"} | appearance_of
                         if len(seeds) > 1:
                             look["label"] += f" ({len(seeds)} seeds)"
                         _draw_curve(axes, x, found.intervals, color, **look)
@@ -116,8 +127,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _shown(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _shown(line: history.Line, win_rate: str) -> str:
+    return history.interval(line, win_rate).shown() if win_rate in line else ""
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns in which nothing stands."""
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return _table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
 
 
 def _header(run: history.Run) -> str:
@@ -144,24 +161,64 @@ def _evaluation_section(run: history.Run) -> str:
     lines = history.evaluations(run)
     if not lines:
         return "This run holds no evaluation yet."
-    header = ["queries", "policy steps", "win rate [95% interval]", "mean length (initial)", "best-of-N win rate"]
-    rows = [
+    clocks = ["queries", "policy steps"]
+    told = [[f"{line[history.QUERIES]:,}", f"{line[history.GRADIENT_STEPS]:,}"] for line in lines]
+    measured = [
         [
-            f"{line[history.QUERIES]:,}",
-            f"{line[history.GRADIENT_STEPS]:,}",
-            _shown(history.interval(line, history.WIN_RATE)),
+            _shown(line, history.WIN_RATE),
+            _shown(line, history.JUDGE_WIN_RATE),
             f"{line[history.LENGTH]:.1f} ({line[history.INITIAL_LENGTH]:.1f})",
-            _shown(history.interval(line, history.BEST_OF_N_WIN_RATE)) if history.BEST_OF_N_WIN_RATE in line else "",
+            _shown(line, history.BEST_OF_N_WIN_RATE),
+            _shown(line, history.BEST_OF_N_JUDGE_WIN_RATE),
         ]
         for line in lines
     ]
-    columns = len(header) if any(row[-1] for row in rows) else len(header) - 1
-    return (
-        _table(header[:columns], [row[:columns] for row in rows])
-        + "\n\nWin rate: the share of held-out prompts on which the oracle prefers the response over the initial policy's, a "
-        "tie counting half, with Wilson's interval over prompts. Length: tokens, in brackets those of the initial policy.\n\n"
-        f"{EMBEDDED_PICTURE}"
-    )
+    header = [
+        *("win rate [95% interval]", "judge's win rate", "mean length (initial)"),
+        *("best-of-N win rate", "best-of-N judge's win rate"),
+    ]
+    parts = [
+        _columns(clocks + header, [clock + row for clock, row in zip(told, measured, strict=True)]),
+        "Win rate: the share of held-out prompts on which the oracle prefers the response over the initial policy's, a tie "
+        "counting half, with Wilson's interval over prompts; the judge's: the same by whom nothing is learnt from. Length: "
+        "tokens, in brackets those of the initial policy.",
+    ]
+    if found := history.exploited(lines):
+        parts.insert(0, f"**Warning**: {history.exploitation(found)}.")
+    if history.is_judged(run):
+        parts.append(EMBEDDED_PICTURE)
+    names = [
+        named[win_rate] for win_rate in history.SAMPLED for named in (history.LENGTH_CONTROLLED, history.SIMILAR_LENGTH)
+    ]
+    similar = history.SIMILAR_LENGTH.values()
+    if any(name in line for line in lines for name in names):
+        rows = [
+            clock
+            + [
+                _shown(line, name) + (f" ({line[f'{name}_pairs']})" if name in line and name in similar else "")
+                for name in names
+            ]
+            for clock, line in zip(told, lines, strict=True)
+        ]
+        header = ["win rate at equal length", "at similar length (pairs)"]
+        parts += [
+            _columns([*clocks, *header, *(f"judge's {name}" for name in header)], rows),
+            "At equal length: what a logistic regression on length, model and the instruction's difficulty predicts for "
+            "responses as long as the initial policy's ([length-controlled AlpacaEval](https://arxiv.org/abs/2404.04475)). At "
+            "similar length: among the pairs whose lengths differ by at most 10%. Lengths are in characters here.",
+        ]
+    if any(name in line for line in lines for name in TEXTS):
+        rows = [
+            clock + [f"{line[name]:.3f}" if name in line else "" for name in TEXTS]
+            for clock, line in zip(told, lines, strict=True)
+        ]
+        parts += [
+            _columns([*clocks, *TEXTS.values()], rows),
+            "Distinct words: the share of a response's words that did not stand in it before. Fluency: mean log-prob of a "
+            "token of the responses under the initial policy. Loss on references: of the policy, in nats per token of held-out "
+            "human responses; where it rises, the policy forgets.",
+        ]
+    return "\n\n".join(parts)
 
 
 def _timing_section(run: history.Run) -> str:
@@ -190,15 +247,25 @@ def _example_section(run: history.Run) -> str:
     if not run.samples:
         return "This run holds no samples yet."
     step = run.samples[-1]["step"]
-    examples = [sample for sample in run.samples if sample["step"] == step][:EXAMPLES]
-    parts = [f"The first {len(examples)} samples of the evaluation after training step {step:,}, not a selection."]
+    samples = [sample for sample in run.samples if sample["step"] == step]
+    draw = np.random.default_rng(run.config.get("seed", 0))
+    examples = [samples[i] for i in sorted(draw.permutation(len(samples))[:EXAMPLES])]
+    parts = [
+        f"{len(examples)} of the {len(samples):,} samples of the evaluation after training step {step:,}, drawn at random from "
+        "the run's seed."
+    ]
+    after = {
+        "reward": "reward",
+        "win probability": "win_probability",
+        "judge's win probability": "judge_win_probability",
+    }
     for sample in examples:
         parts.append(f"### `{sample['prompt_id']}`")
         texts: tuple[tuple[str, str, int, dict[str, str]], ...] = (
             ("Prompt", "prompt", PROMPT_CHARACTERS, {}),
             ("Reference", "reference", RESPONSE_CHARACTERS, {}),
             ("Before", "initial", RESPONSE_CHARACTERS, {"reward": "initial_reward"}),
-            ("After", "response", RESPONSE_CHARACTERS, {"reward": "reward", "win probability": "win_probability"}),
+            ("After", "response", RESPONSE_CHARACTERS, after),
         )
         for title, field, limit, judged in texts:
             numbers = "".join(f", {what} {sample[name]:.3f}" for what, name in judged.items() if name in sample)
@@ -242,10 +309,12 @@ def write(workdir: Path, output: Path | None = None) -> Path:
     run = history.read_run(workdir)
     output = workdir if output is None else output
     output.mkdir(parents=True, exist_ok=True)
-    if history.evaluations(run):
+    if history.is_judged(run):
         draw([run], output / PICTURE)
+    asked = [[f"{who}, by evaluations (not counted)", f"{count:,}"] for who, count in run.evaluation_answers.items()]
     labels = _table(
-        ["labelled by", "pairs"], [["oracle (counted)", f"{run.paid_labels:,}"], ["ERM", f"{run.erm_labels:,}"]]
+        ["labelled by", "pairs"],
+        [["oracle (counted)", f"{run.paid_labels:,}"], ["ERM", f"{run.erm_labels:,}"], *asked],
     )
     sections = (
         ("Evaluations", _evaluation_section(run)),
@@ -269,11 +338,11 @@ def comparison_table(runs: Sequence[history.Run]) -> str:
     """
     rows = []
     for label, seeds in history.groups(runs).items():
-        found = [(title, history.curve(seeds, win_rate)) for title, win_rate in history.MEASURES.items()]
+        found = [(title, history.curve(seeds, win_rate)) for title, win_rate in history.COMPARED.items()]
         if all(measured is None for _, measured in found):
             rows.append([label, "", str(len(seeds)), "", "", "no evaluation in common"])
         rows += [
-            [label, title, str(len(seeds)), f"{queries:,.0f}", f"{gradient_steps:,.0f}", _shown(win_rate)]
+            [label, title, str(len(seeds)), f"{queries:,.0f}", f"{gradient_steps:,.0f}", win_rate.shown()]
             for title, measured in found
             if measured is not None
             for queries, gradient_steps, win_rate in zip(
@@ -295,7 +364,8 @@ def compare(runs: Sequence[history.Run], output: Path) -> Path:
     """
     output.mkdir(parents=True, exist_ok=True)
     text = f"# {', '.join(history.groups(runs))}\n\n{comparison_table(runs)}\n\n{INTERVALS}\n"
-    if any(history.curve(seeds) for seeds in history.groups(runs).values()):
+    grouped = history.groups(runs).values()
+    if any(history.curve(seeds, win_rate) for seeds in grouped for win_rate in history.MEASURES):
         draw(runs, output / PICTURE)
         text += f"\n{EMBEDDED_PICTURE}\n"
     return _write_report(output, text)

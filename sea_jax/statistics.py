@@ -1,14 +1,17 @@
-"""Means with their intervals: over prompts, and over seeds."""
+"""Means with their intervals: over prompts, over seeds, and at equal length."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Real
-from scipy import special
+from jaxtyping import Bool, Float64, Real
+from scipy import optimize, special
 
 CONFIDENCE = 0.95
+SIMILAR_LENGTH = 0.1  # lengths that differ by no more than this share of the longer one are similar
+RIDGE = 1e-3  # on the coefficients of a regression, so that they stay finite where one side wins everywhere
+DIFFICULTY_RIDGE = 1.0  # on the instructions' difficulties, of which each is seen by few pairs: a standard normal prior
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,23 @@ class Interval:
     low: float
     high: float
     count: int
+
+    def shown(self) -> str:
+        """Returns it as it stands in tables."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class AtEqualLength:
+    """A win rate freed of length in two ways.
+
+    Attributes:
+      controlled: what the regression predicts for responses as long as their opponents.
+      similar: among the pairs of similar length; None: there are none.
+    """
+
+    controlled: Interval
+    similar: Interval | None
 
 
 def win_rate(wins: Sequence[float] | Real[np.ndarray, " N"]) -> Interval:
@@ -74,3 +94,131 @@ def over_seeds(values: Sequence[float] | Real[np.ndarray, " N"]) -> Interval:
     quantile = float(special.stdtrit(count - 1, (1 + CONFIDENCE) / 2))
     half_width = quantile * float(numbers.std(ddof=1)) / math.sqrt(count)
     return Interval(mean, mean - half_width, mean + half_width, count)
+
+
+def similar_length_win_rate(
+    wins: Sequence[float] | Real[np.ndarray, " N"], lengths: Real[np.ndarray, "N 2"]
+) -> Interval | None:
+    """Share of prompts won among those whose two responses differ by at most 10% of the longer one; None: there are none.
+
+    Args:
+      wins: 1 where the response won, 0 where it lost, 0.5 for a tie.
+      lengths: of the response and of its opponent.
+    """
+    response, opponent = np.asarray(lengths, np.float64).reshape(-1, 2).T
+    similar = np.abs(response - opponent) <= SIMILAR_LENGTH * np.maximum(response, opponent)
+    return win_rate(np.asarray(wins, np.float64)[similar]) if similar.any() else None
+
+
+def length_controlled_win_rates(
+    wins: Real[np.ndarray, "M N"], length_differences: Real[np.ndarray, "M N"]
+) -> list[Interval]:
+    """What M models would win over the same opponent on N prompts if their responses were as long as the opponent's.
+
+    Length-controlled AlpacaEval, https://arxiv.org/abs/2404.04475: for each model, a logistic regression of its wins,
+    logit P(win) = theta + phi tanh(d / std(d)) + psi gamma, d being how much longer its response is and gamma the
+    instruction's difficulty, with the rate predicted at d = 0. The difficulties come from a regression of the other models'
+    wins together, with psi = 1; a single model has none. The interval is that of the delta method over prompts.
+
+    Args:
+      wins: in [0, 1]; NaN where it is not known who won.
+      length_differences: response minus opponent.
+
+    Raises:
+      ValueError: the shapes differ, or of some model no win is known.
+    """
+    won, longer = np.asarray(wins, np.float64), np.asarray(length_differences, np.float64)
+    if won.ndim != 2 or won.shape != longer.shape:
+        raise ValueError(f"expected two arrays of models and prompts, found shapes {won.shape} and {longer.shape}")
+    known = ~np.isnan(won)
+    if not known.any(axis=1).all():
+        raise ValueError("a model has no known win")
+    lengths = np.stack([_standardised_tanh(row, there) for row, there in zip(longer, known, strict=True)])
+    rates = []
+    for model in range(len(won)):
+        others = np.arange(len(won)) != model
+        difficulty = _difficulty(won[others], lengths[others], known[others])
+        there = known[model]
+        design = np.stack([np.ones(there.sum()), lengths[model][there], difficulty[there]], axis=1)
+        rates.append(_rate_at_equal_length(design, won[model][there]))
+    return rates
+
+
+def _standardised_tanh(
+    difference: Float64[np.ndarray, " N"], known: Bool[np.ndarray, " N"]
+) -> Float64[np.ndarray, " N"]:
+    spread = float(difference[known].std())
+    return np.tanh(difference / spread) if spread else np.zeros_like(difference)
+
+
+def _difficulty(
+    won: Float64[np.ndarray, "M N"], lengths: Float64[np.ndarray, "M N"], known: Bool[np.ndarray, "M N"]
+) -> Float64[np.ndarray, " N"]:
+    """Gamma of each prompt: logit P(win) = theta_m + phi_m tanh(...) + gamma_n, over M models together."""
+    models, prompts = won.shape
+    if not models:
+        return np.zeros(prompts)
+    target = np.where(known, won, 0.0)
+    ridge = np.concatenate([np.full(2 * models, RIDGE), np.full(prompts, DIFFICULTY_RIDGE)])
+
+    def loss(x: Float64[np.ndarray, " P"]) -> tuple[float, Float64[np.ndarray, " P"]]:
+        theta, phi, gamma = x[:models, None], x[models : 2 * models, None], x[2 * models :]
+        logit = theta + phi * lengths + gamma
+        value = np.where(known, np.logaddexp(0, logit) - target * logit, 0.0).sum() + 0.5 * (ridge * x**2).sum()
+        error = np.where(known, special.expit(logit) - target, 0.0)
+        return float(value), np.concatenate([error.sum(1), (error * lengths).sum(1), error.sum(0)]) + ridge * x
+
+    found = optimize.minimize(loss, np.zeros(2 * models + prompts), jac=True, method="L-BFGS-B")
+    return np.asarray(found.x[2 * models :])
+
+
+def _rate_at_equal_length(design: Float64[np.ndarray, "N P"], won: Float64[np.ndarray, " N"]) -> Interval:
+    """Fits a logistic regression whose second column is the length's, and predicts with that column at 0."""
+
+    def loss(x: Float64[np.ndarray, " P"]) -> tuple[float, Float64[np.ndarray, " P"]]:
+        logit = design @ x
+        value = (np.logaddexp(0, logit) - won * logit).sum() + 0.5 * RIDGE * (x**2).sum()
+        return float(value), design.T @ (special.expit(logit) - won) + RIDGE * x
+
+    def hessian(x: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P P"]:
+        chance = special.expit(design @ x)
+        return (design.T * (chance * (1 - chance))) @ design + RIDGE * np.eye(len(x))
+
+    found = optimize.minimize(loss, np.zeros(design.shape[1]), jac=True, hess=hessian, method="trust-exact").x
+    equal = design.copy()
+    equal[:, 1] = 0.0
+    chance = special.expit(equal @ found)
+    slope = equal.T @ (chance * (1 - chance)) / len(won)
+    variance = slope @ np.linalg.solve(hessian(found), slope) + chance.var() / len(won)
+    mean = float(chance.mean())
+    half_width = float(special.ndtri((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return Interval(mean, max(0.0, mean - half_width), min(1.0, mean + half_width), len(won))
+
+
+def wins_of(probability: Real[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """Returns who won: 1 above one half, 0 below it, 0.5 for a tie, NaN where it is not known."""
+    return (np.sign(np.asarray(probability, np.float64) - 0.5) + 1) / 2
+
+
+def at_equal_length(
+    models: Sequence[tuple[Real[np.ndarray, " n"], Sequence[str]]], opponents: Sequence[str]
+) -> list[AtEqualLength]:
+    """Returns the win rates of several models over the same opponent as they would be without differences in length.
+
+    Args:
+      models: for each, P(response wins), NaN where it is not known, and its responses to the first n <= N prompts.
+      opponents: N texts. Lengths are in characters, as in AlpacaEval.
+    """
+    prompts = max(len(texts) for _, texts in models)
+    wins = np.full((len(models), prompts), np.nan)
+    lengths = np.zeros((len(models), prompts, 2))
+    lengths[:, :, 1] = [len(text) for text in opponents[:prompts]]
+    for model, (probability, texts) in enumerate(models):
+        wins[model, : len(texts)] = wins_of(probability)
+        lengths[model, : len(texts), 0] = [len(text) for text in texts]
+    controlled = length_controlled_win_rates(wins, lengths[:, :, 0] - lengths[:, :, 1])
+    known = ~np.isnan(wins)
+    return [
+        AtEqualLength(rate, similar_length_win_rate(own[there], both[there]))
+        for rate, own, both, there in zip(controlled, wins, lengths, known, strict=True)
+    ]

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sea_jax import agent as sea
 from sea_jax import config as configuration
-from sea_jax import ensemble, evaluation, labels, learner, losses, replay, report, sampling, wiring
+from sea_jax import ensemble, evaluation, history, labels, learner, losses, replay, report, sampling, wiring
 from sea_jax.actors.responder import resumable
 from sea_jax.actors.texts import finished_by
 from sea_jax.config import RunSettings
@@ -23,6 +23,8 @@ from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles import oracle
+from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
+from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import check_fingerprint
 from sea_jax.policy_logprobs import under_policy_and_reference
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
@@ -121,7 +123,11 @@ def train_on(
     )
     with (
         open_ledger(workdir / "queries.jsonl") as ledger,  # first, since it keeps other runs out
-        checkpoint.open_directory(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        open_ledger(workdir / EVALUATION_LEDGER) as asked,
+        Ledger(workdir / COMMAND_LEDGER, writes=False) as asked_by_command,
+        checkpoint.open_directory(
+            workdir / "checkpoints", config.checkpoint.keep, evaluation.best_by(config.eval)
+        ) as checkpoints,
         wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
     ):
@@ -181,7 +187,7 @@ def train_on(
             logging.info("going on from the checkpoint of step %d, %d queries paid for", state.step, state.queries)
 
         # ------------------------------------------------------------------------------------------------------ Evaluation
-        heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n)
+        heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n, (asked, asked_by_command))
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
             chooser = state.ensemble if state.queries >= config.max_queries else None
@@ -192,9 +198,9 @@ def train_on(
                 writer.sample(sample)
             return row
 
-        def save(state: sea.State) -> None:
+        def save(state: sea.State, row: Mapping[str, float]) -> None:
             responder.settle()
-            checkpoint.save(checkpoints, state.step, state)
+            checkpoint.save(checkpoints, state.step, state, win_rates(row))
             responder.checkpointed(state.batches)
 
         # ------------------------------------------------------------------------------------------------------ Training
@@ -214,34 +220,39 @@ def train_on(
             if state.step == 0:
                 row = counters(state) | evaluated(state, writer)
                 writer.write(0, row)
-                save(state)
+                save(state, row)
                 evaluation_s = row["eval/elapsed_time"]
+            measured = history.read_evaluations(own_directory(workdir))
             if state.queries < config.max_queries:
                 named = {"first step": "compiles its programs"}
                 progress.update(state.queries, named, important=True, aside_s=evaluation_s)
-            idle_steps, stopping, save_due = 0, False, False
+            idle_steps, stopping, save_due, evaluation_due = 0, False, False, False
             while state.queries < config.max_queries and not stopping:
                 queries_before, start = state.queries, time.perf_counter()
                 state, row = sea.step(agent, state, sea.step_key(root, state.step))
                 row |= {"misc/step_time": time.perf_counter() - start} | counters(state)
                 metrics.check_finite(row, state.step, last_checkpoint(checkpoints))
                 done = state.queries >= config.max_queries
-                if crossed(queries_before, state.queries, config.eval.every_queries) or done:
+                can_resume = resumable(int(state.learner.step), config.actor.sync_every)
+                evaluation_due |= crossed(queries_before, state.queries, config.eval.every_queries)
+                if (evaluation_due and can_resume) or done:  # where a checkpoint of what is measured can be kept
                     row |= evaluated(state, writer)
+                    measured.append({"step": state.step, **row})
+                    warn_if_exploited(measured)
+                    evaluation_due, save_due = False, True
                 writer.write(state.step, row)
                 evaluation_s = row.get("eval/elapsed_time", evaluation_s)
                 progress.update(
                     state.queries,
                     progress_values(row),
-                    important="eval/rm_win_rate" in row,
+                    important="eval/elapsed_time" in row,
                     aside_s=row.get("eval/elapsed_time", 0.0),
                     aside_left_s=evaluation_s * evaluations_left(config, state.queries),
                 )
-                can_resume = resumable(int(state.learner.step), config.actor.sync_every)
                 stopping = processes.any_of(interrupts.requested) and can_resume
                 save_due = save_due or state.step % config.checkpoint.every_steps == 0
                 if (save_due and can_resume) or done or stopping:
-                    save(state)
+                    save(state, row)
                     save_due = False
                 idle_steps = 0 if row["explorer/pairs"] or row["explorer/unanswered"] else idle_steps + 1
                 check_idle(idle_steps, state.step)
@@ -340,6 +351,23 @@ def other_writers(config: RunSettings, workdir: Path, run_id: str, own: Sequence
     return [*own, metrics.WeightsAndBiases(workdir, f"{config.name}-seed{config.seed}", run_id, about)]
 
 
+def win_rates(row: Mapping[str, float]) -> dict[str, float]:
+    """Picks an evaluation's win rates, by which checkpoints are compared, out of a step's metrics."""
+    names = {evaluation.ORACLE: history.WIN_RATE, evaluation.JUDGE: history.JUDGE_WIN_RATE}
+    return {who: row[name] for who, name in names.items() if name in row}
+
+
+def warn_if_exploited(measured: Sequence[history.Line]) -> None:
+    """Says, at the first evaluation that shows it, that the policy seems to please the oracle alone.
+
+    Args:
+      measured: the metrics of the evaluations so far.
+    """
+    found = history.exploited(measured)
+    if found is not None and found["step"] == measured[-1]["step"] and processes.is_first():
+        logging.warning("%s", history.exploitation(found))
+
+
 def counters(state: sea.State) -> dict[str, float]:
     """Returns a run's two clocks: queries paid for and policy steps taken."""
     return {"misc/query_step": state.queries, "misc/gradient_steps": int(state.learner.step)}
@@ -363,7 +391,8 @@ def last_checkpoint(checkpoints: checkpoint.Checkpointer) -> str | None:
 
 def progress_values(row: dict[str, float]) -> dict[str, float]:
     """Picks what the progress bar shows."""
-    shown = {"eval/rm_win_rate": "win rate", "explorer/erm_accuracy": "ERM accuracy", "train/loss": "loss"}
+    shown = {"eval/rm_win_rate": "win rate", "eval/judge_win_rate": "judge's win rate"}
+    shown |= {"explorer/erm_accuracy": "ERM accuracy", "train/loss": "loss"}
     return {shown[name]: row[name] for name in shown if name in row}
 
 

@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,13 +23,15 @@ from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
 from sea_jax.data.prompts import Batch, Rendered, evaluation_batches, load_prompts
 from sea_jax.ensemble import Ensemble
-from sea_jax.evaluation import Evaluation, Responses
+from sea_jax.evaluation import JUDGE, ORACLE, Evaluation, Responses
 from sea_jax.methods.online import online
 from sea_jax.methods.sea import sea
 from sea_jax.models import decoder, partition
 from sea_jax.oracles import oracle, preferences
+from sea_jax.oracles.asked_once import asked_once
+from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import Policy, load_weights, read_files
-from sea_jax.policy_logprobs import under_policy
+from sea_jax.policy_logprobs import likelihood_at, under_policy
 from sea_jax.preflight import check_length, check_mesh, check_reward_model, read_sources
 from sea_jax.replay import empty_replay
 from sea_jax.settings import user_function
@@ -67,6 +69,7 @@ class Parts:
       train_prompts: rendered; none where no policy step will be taken.
       heldout_prompts: rendered.
       preference: the oracle's taste, free of noise.
+      judge: that of who compares in evaluations besides; None: nobody does.
       sampling: how candidates are drawn.
       stop: texts that end a response.
       texts: Candidates -> B lists of M texts, as an oracle reads them.
@@ -80,6 +83,7 @@ class Parts:
     train_prompts: list[Rendered]
     heldout_prompts: list[Rendered]
     preference: Preference
+    judge: Preference | None
     sampling: GenerationConfig
     stop: tuple[str, ...]
     texts: evaluation.Texts
@@ -132,13 +136,19 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
         (heldout_prompts, "eval.max_new_tokens", config.eval.max_new_tokens),
     ):
         check_length(found.config, max((len(one.tokens) for one in part), default=0), tokens, field)
-    check_reward_model(config.oracle)
+    check_reward_model(config.oracle, "oracle")
+    check_reward_model(config.eval.judge, "eval.judge")
     loaded = load_weights(found, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype)
+    references = {
+        record["prompt"]: text for some in records for record in some if (text := record["reference"].strip())
+    }
+    taste = functools.partial(oracle.preference, token_file=config.bridge_token_file, now=began, references=references)
     return Parts(
         policy=loaded,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
-        preference=oracle.preference(config.oracle, config.bridge_token_file, began),
+        preference=taste(config.oracle, field="oracle"),
+        judge=taste(config.eval.judge, field="eval.judge") if config.eval.judge.kind else None,
         sampling=generation.configured(config.sampling, loaded, config.policy.dtype),
         stop=config.sampling.stop,
         texts=texts_of(loaded.tokenizer, config.sampling),
@@ -234,6 +244,7 @@ def heldout_evaluation(
     config: RunSettings,
     loaded: Parts,
     best_of_n: int,
+    ledgers: Sequence[Ledger],
     watched: Callable[[Generate], Generate] = lambda generate: generate,
 ) -> Evaluation:
     """Returns how a policy is evaluated; the initial policy's responses are written on the way.
@@ -242,6 +253,7 @@ def heldout_evaluation(
       config: RunSettings.
       loaded: Parts.
       best_of_n: responses to choose from where the ERM chooses; 0: it never will.
+      ledgers: of what evaluations ask; new questions go to the first.
       watched: put around whoever writes the responses, to see how far he is.
     """
     padding, decode = loaded.padding(config.data.bucket), loaded.texts
@@ -266,11 +278,21 @@ def heldout_evaluation(
         key = jax.random.key(config.seed)
         return evaluation.best_of_n(write_many, decode, loaded.features, trained, version, reward_model, batches, key)
 
+    tastes = {ORACLE: loaded.preference if config.eval.oracle else None, JUDGE: loaded.judge}
+    read = loaded.heldout_prompts[: config.eval.likelihood_prompts]
+    likelihood = functools.partial(
+        likelihood_at,
+        batch_size=config.sampling.batch_size or config.data.batch_size,
+        bucket=config.data.bucket,
+        max_new_tokens=config.eval.max_new_tokens,
+        settings=config.data,
+    )
     return Evaluation(
         records=[one.record for one in loaded.heldout_prompts],
-        preference=loaded.preference,
+        preferences={who: asked_once(taste, who, ledgers[0], ledgers[1:]) for who, taste in tastes.items() if taste},
         greedy=greedy,
         best_of_n=chosen,
+        likelihood=likelihood(loaded.policy, read, config.policy.dtype) if read else None,
         initial=greedy(loaded.policy.reference, version=0),
         swapped=preferences.drawn_order(jax.random.split(jax.random.key(config.seed), len(loaded.heldout_prompts))),
     )

@@ -147,6 +147,11 @@ REFUSED = [
     ("oracle.scale", -1.0, "0 or more"),
     ("oracle.label", "hard", "one of deterministic, bradley_terry, soft"),
     ("oracle.flip_probability", 1.1, "from 0 to 1"),
+    ("oracle.against", "post", "one of prompt, reference, mixture"),
+    ("oracle.reference_weight", 1.1, "from 0 to 1"),
+    ("oracle.repetition_penalty", -0.1, "0 or more"),
+    ("eval.likelihood_prompts", -1, "0 or more"),
+    ("eval.judge.kind", "human", "empty, one of embedding, reward_model, remote, or my_module:my_function"),
     ("eval.every_queries", 0, "1 or more"),
     ("eval.num_prompts", 0, "1 or more"),
     ("eval.batch_size", 0, "1 or more"),
@@ -155,6 +160,13 @@ REFUSED = [
     ("eval.best_of_n_prompts", 0, "1 or more"),
     ("checkpoint.every_steps", 0, "1 or more"),
     ("checkpoint.keep", 0, "1 or more"),
+]
+# A judge can be all that an oracle can.
+LABELS_ALONE = ("oracle.kind", "oracle.label", "oracle.flip_probability")
+REFUSED += [
+    (f"eval.judge.{name.removeprefix('oracle.')}", value, wanted)
+    for name, value, wanted in REFUSED
+    if name.startswith("oracle.") and name not in LABELS_ALONE
 ]
 
 
@@ -182,6 +194,7 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
     anything |= {"erm.standardise"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
+    anything |= {"eval.oracle", "eval.judge.encoder", "eval.judge.reward_model"}
     everything = [*settings.walk(RunSettings()), *settings.walk(SftSettings())]
     ranged = {name for name, field, _ in everything if field.metadata["must"] is not settings.ANY}
     assert {name for name, _, _ in everything} - ranged == anything

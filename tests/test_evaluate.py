@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,14 @@ def newest(workdir: Path) -> int:
     return checkpoint.steps(workdir / "checkpoints")[-1]
 
 
-LOGGED_AS = {"response_over_initial": "rm", "response_over_reference": "rm_reference", "best_of_n_over_initial": "bon"}
+LOGGED_AS = {
+    "response_over_initial": "rm",
+    "response_over_reference": "rm_reference",
+    "best_of_n_over_initial": "bon",
+    "response_over_initial_by_judge": "judge",
+    "response_over_reference_by_judge": "judge_reference",
+    "best_of_n_over_initial_by_judge": "bon_judge",
+}
 
 
 def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: Path) -> None:
@@ -74,6 +82,13 @@ def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: P
         assert rate["prompts"] == 6
     for name, metric in {"response": "rm", "best_of_n": "bon", "initial": "initial"}.items():
         assert found["response_tokens"][name] == logged[f"eval/{metric}_response_length"]
+    for name in ("distinct_words", "repeated_trigrams", "fluency", "reference_loss"):
+        assert found["texts"]["response"][name] == logged[f"eval/{name}"]
+        assert found["texts"]["initial"][name] == lines(run / "metrics.jsonl")[0][f"eval/{name}"]
+    assert found["texts"]["response"]["fluency"] < found["texts"]["initial"]["fluency"] < 0
+    freed = found["win_rates"]["response_over_initial_by_judge"]["length_controlled"]
+    assert freed["low"] <= freed["win_rate"] <= freed["high"]
+    assert freed["prompts"] == 6
     assert found["settings"]["mesh"] == [1, 1, 1]
     rows = lines(run / f"responses-{newest(run)}.jsonl")
     samples = [sample for sample in lines(run / "samples.jsonl") if sample["step"] == newest(run)]
@@ -107,9 +122,9 @@ def test_elsewhere_and_with_prompts_some_of_which_have_no_reference(
     assert settings["mesh"] == [1, math.gcd(4, jax.device_count()), 1]  # 4 are the prompts of a batch
     assert settings["num_prompts"] == 4
     assert {name: rate["prompts"] for name, rate in rates.items()} == {
-        "response_over_initial": 4,
-        "response_over_reference": 2,
-        "initial_over_reference": 2,
+        f"{name}{by}": count
+        for by in ("", "_by_judge")
+        for name, count in (("response_over_initial", 4), ("response_over_reference", 2), ("initial_over_reference", 2))
     }
     found = lines(run / f"responses-{newest(run)}.jsonl")
     assert ["response_over_reference" in row for row in found] == [True, False, False, True]
@@ -144,7 +159,8 @@ def done(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_the_command_shows_how_far_it_is_and_prints_the_win_rates(done: Done) -> None:
     rates = numbers(done.workdir, newest(done.workdir))["win_rates"]
     rate = rates["response_over_initial"]
-    row = f"| initial policy | 6 | {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] |"
+    row = f"| oracle | initial policy | 6 | {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] |"
+    assert "| judge | initial policy | 6 |" in done.said.stdout
     assert row in done.said.stdout
     assert "batch 4/4" in done.said.stderr
     assert "best_of_n_over_initial" not in rates
@@ -201,6 +217,51 @@ def test_an_older_checkpoint_can_be_named_and_what_a_running_training_writes_is_
     assert not (run / f"evaluation-{newest(run)}.json").exists()
 
 
+def test_the_best_checkpoint_is_kept_and_found_by_its_name(finished: Path, run: Path) -> None:
+    measured = [line for line in lines(finished / "metrics.jsonl") if "eval/judge_win_rate" in line]
+    rates = {line["step"]: line["eval/judge_win_rate"] for line in measured}
+    best = max(rates, key=lambda step: (rates[step], step))
+    assert best in checkpoint.steps(run / "checkpoints")
+    policy = run.parent / "best"
+    evaluate.evaluate(run, step="best", export=policy)
+    found = numbers(run, best)
+    assert found["win_rates"]["response_over_initial_by_judge"]["win_rate"] == rates[best]
+    assert (policy / "model.safetensors").is_file()
+    for step in rates:
+        (run / "checkpoints" / str(step) / "metrics" / "metrics").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"--checkpoint=best: no checkpoint in .* with a win rate by the judge"):
+        evaluate.evaluate(run, step="best")
+
+
+COUNTED: Counter[tuple[str, str]] = Counter()
+
+
+def counted(prompts: Any, first: Any, second: Any) -> np.ndarray:
+    """An oracle that counts what it is asked, whichever of two stands first."""
+    COUNTED.update(tuple(sorted(pair)) for pair in zip(first, second, strict=True))
+    return arbitrary(prompts, first, second)
+
+
+def test_nobody_is_asked_about_the_same_texts_twice(run: Path) -> None:
+    edited("oracle.kind", "tests.test_evaluate:counted")(run)
+    COUNTED.clear()
+    evaluate.evaluate(run, best_of=2)  # beside what the run asked: the best of two against the references
+    assert COUNTED
+    assert max(COUNTED.values()) == 1
+    first, paid = numbers(run, newest(run)), COUNTED.copy()
+    asked = lines(run / "evaluations-alone.jsonl")
+    assert sum(line["event"] == "label" and line["labeller"] == "oracle" for line in asked) == len(paid)
+    evaluate.evaluate(run, best_of=2)
+    assert paid == COUNTED
+    assert numbers(run, newest(run)) == first
+    edited("eval.oracle", False)(run)  # the judge alone
+    (run / "evaluations-alone.jsonl").unlink()
+    (run / "evaluations.jsonl").unlink()
+    evaluate.evaluate(run)
+    assert paid == COUNTED
+    assert all(name.endswith("_by_judge") for name in numbers(run, newest(run))["win_rates"])
+
+
 def parts_of(workdir: Path) -> dict[str, Any]:
     """The smallest thing to read."""
     return {"queries": 0, "learner/step": jax.ShapeDtypeStruct((), np.int32, sharding=one_device())}
@@ -211,7 +272,7 @@ def one_device() -> jax.sharding.Sharding:
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_left_as_it_is(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    older, damaged = checkpoint.steps(run / "checkpoints")
+    *_, older, damaged = checkpoint.steps(run / "checkpoints")
     os.truncate(run / "checkpoints" / str(damaged) / "state" / "manifest.ocdbt", 10)
     before = contents(run / "checkpoints")
     step, state = checkpoint.read(run / "checkpoints", parts_of(run))
@@ -219,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_as_it_is(run: Path, caplog
     assert 0 < state["queries"] < 24
     assert f"{run / 'checkpoints' / str(damaged)} cannot be read and is passed over" in caplog.text
     with pytest.raises(
-        ValueError, match=rf"checkpoint of step {damaged} cannot be read: .*there are: \[{older}, {damaged}\]"
+        ValueError, match=rf"checkpoint of step {damaged} cannot be read: .*there are: \[.*{older}, {damaged}\]"
     ):
         checkpoint.read(run / "checkpoints", parts_of(run), damaged)
     assert contents(run / "checkpoints") == before
@@ -228,7 +289,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_as_it_is(run: Path, caplog
 def test_when_the_run_replaces_checkpoints_while_they_are_read_the_newer_one_is_read(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older, last = checkpoint.steps(run / "checkpoints")
+    *_, older, last = checkpoint.steps(run / "checkpoints")
     load = checkpoint.ocp.load
 
     def overtaken(path: Path, *arguments: Any) -> Any:
@@ -279,7 +340,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a field too many": (edited("erm.depth", 3), {}, r"another version.*\nconfig.erm.depth: not a field"),
     "a field of another type": (edited("max_queries", "many"), {}, r"config.json: config.max_queries='many': "),
     "no checkpoints": (lambda d: shutil.rmtree(d / "checkpoints"), {}, r"checkpoints holds no checkpoint"),
-    "no such checkpoint": (nothing, {"step": 3}, r"--checkpoint=3: there is no such checkpoint.*steps \d+, \d+$"),
+    "no such checkpoint": (nothing, {"step": 99}, r"--checkpoint=99: there is no such checkpoint.*steps (\d+, )+\d+$"),
+    "no such name": (nothing, {"step": "last"}, r"--checkpoint=last: there is no such checkpoint"),
     "more trained layers": (
         edited("policy.train_last_layers", 2),
         {},

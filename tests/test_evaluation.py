@@ -59,6 +59,11 @@ def test_a_prompt_without_an_answer_is_not_counted() -> None:
     assert np.isnan(probability).tolist() == [False, True, False]
 
 
+def test_the_judge_is_named_where_it_says_nothing() -> None:
+    with pytest.raises(ValueError, match="the judge was asked about 1 pairs of an evaluation and answered none"):
+        evaluation.compare(lambda *_: [None], ["p"], ["a"], ["b"], np.zeros(1, bool), "judge")
+
+
 def test_when_nothing_has_changed_nobody_is_asked() -> None:
     def preference(*_: Sequence[str]) -> np.ndarray:
         raise AssertionError

@@ -23,7 +23,7 @@ ensemble features policy_logprobs oracles actors
 data replay learner policy
 models sampling losses
 runtime
-types settings statistics
+types settings statistics repetition
 """
 HEIGHT = {room: height for height, line in enumerate(reversed(RULE.strip().splitlines())) for room in line.split()}
 

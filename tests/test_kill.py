@@ -178,7 +178,7 @@ def assert_bill_is_the_ledger(workdir: Path, service: Service) -> None:
 
 def assert_same_run(workdir: Path, undisturbed: Path) -> None:
     assert outcome(workdir) == outcome(undisturbed)
-    for name in ("queries.jsonl", "samples.jsonl"):
+    for name in ("queries.jsonl", "samples.jsonl", "evaluations.jsonl"):
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
 
 

@@ -104,22 +104,30 @@ def test_report_holds_the_numbers_of_the_run(workdir: Path) -> None:
     assert (workdir / "win_rate.png").read_bytes().startswith(PNG)
 
 
-def test_examples_are_the_first_of_the_last_evaluation(workdir: Path) -> None:
+def test_examples_are_drawn_from_the_last_evaluation_by_the_seed(workdir: Path, tmp_path: Path) -> None:
+    many = [sample(3, number) for number in range(100)]
+    drawn = {}
+    for seed in (0, 1):
+        run = made_up_run(tmp_path / f"seed-{seed}", [], many, config=CONFIG | {"seed": seed})
+        drawn[seed] = [int(number) for number in re.findall(r"### `prompt-(.*)`", report.write(run).read_text())]
+        assert len(set(drawn[seed])) == 10
+        assert drawn[seed] == sorted(drawn[seed]) != list(range(10))
+    assert drawn[0] != drawn[1]
     text = report.write(workdir).read_text()
-    assert re.findall(r"### `(.*)`", text) == [f"prompt-{number}" for number in range(5)]
+    assert re.findall(r"### `(.*)`", text) == [f"prompt-{number}" for number in range(7)]
     assert "after 2 steps" in text
     assert "after 0 steps" not in text
     assert "Before, reward -1.000:\n\n```text\nthe response before\n```" in text
     assert "After, reward 0.500:\n\n````text\nafter 2 steps, with ```a fence```\n````" in text
-    assert text.count("a long post") < 5 * 40
+    assert text.count("a long post") < 7 * 40
 
 
 def test_examples_without_rewards_or_references(tmp_path: Path) -> None:
-    line = sample(0, 1, reference="", win_probability=0.75)
+    line = sample(0, 1, reference="", win_probability=0.75, judge_win_probability=0.25)
     del line["reward"], line["initial_reward"]
     text = report.write(made_up_run(tmp_path / "run", [], [line])).read_text()
     assert "Before:\n\n```text\nthe response before" in text
-    assert "After, win probability 0.750:\n\n" in text
+    assert "After, win probability 0.750, judge's win probability 0.250:\n\n" in text
     assert "Reference" not in text
 
 
@@ -167,6 +175,63 @@ def test_a_damaged_file_is_named(workdir: Path, name: str, content: str, message
     (workdir / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         report.write(workdir)
+
+
+def judged(oracle: float, judge: float, queries: int, **more: Any) -> Line:
+    rates = {
+        "eval/judge_win_rate": judge,
+        "eval/judge_win_rate_low": judge - 0.08,
+        "eval/judge_win_rate_high": judge + 0.08,
+    }
+    return evaluation(oracle, queries, queries, **rates, **more)
+
+
+def test_a_run_that_pleases_the_oracle_alone_is_named_once(tmp_path: Path) -> None:
+    rates = [(0.5, 0.5), (0.55, 0.55), (0.6, 0.53), (0.65, 0.49), (0.7, 0.4)]
+    metrics = [judged(*pair, queries=100 * n) for n, pair in enumerate(rates)]
+    text = report.write(made_up_run(tmp_path / "run", metrics)).read_text()
+    assert "**Warning**: at 300 queries the oracle's win rate has risen twice in a row, to 0.650" in text
+    assert "the judge, which nothing is learnt from, has fallen twice, to 0.490" in text
+    assert text.count("Warning") == 1
+    assert history.exploited(metrics[:3]) is None
+    slowly = [judged(0.5 + n / 100, 0.5 - n / 100, queries=n) for n in range(9)]  # 0.02 within two evaluations
+    assert history.exploited(slowly) is None
+
+
+def test_a_collapse_is_seen_and_oracle_and_judge_stand_side_by_side(tmp_path: Path) -> None:
+    told = {
+        "eval/distinct_words": 0.1234,
+        "eval/repeated_trigrams": 0.987,
+        "eval/fluency": -2.5,
+        "eval/reference_loss": 3.25,
+    }
+    metrics = [judged(0.5, 0.5, queries=0), judged(0.9, 0.25, queries=64, **told)]
+    samples = [
+        sample(1, n, response="x" * (18 if n % 2 else 40), initial="y" * 19, win_probability=0.9 if n % 2 else 0.1)
+        | {"judge_win_probability": 0.2}
+        for n in range(8)
+    ]
+    run = made_up_run(tmp_path / "run", metrics, samples)
+    answers = [{"event": "label", "key": str(n), "labeller": "judge" if n else "oracle"} for n in range(5)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    text = report.write(run).read_text()
+    assert "| 64 | 64 | 0.900 [0.850, 0.950] | 0.250 [0.170, 0.330] | 41.2 (38.0) |" in text
+    assert "| 64 | 64 | 0.123 | 0.987 | -2.500 | 3.250 |" in text
+    assert re.search(r"\| 64 \| 64 \| 0\.\d+ \[.*\] \| 1\.000 \[0\.510, 1\.000\] \(4\) \| 0\.\d+ \[.*\] \|", text)
+    assert "| oracle, by evaluations (not counted) | 1 |\n| judge, by evaluations (not counted) | 4 |" in text
+
+
+def test_a_run_that_asks_nobody_but_the_judge(tmp_path: Path) -> None:
+    metrics = [judged(0.5, 0.25, queries=64)]
+    for name in [name for name in metrics[0] if name.startswith("eval/rm_win_rate")]:
+        del metrics[0][name]
+    run = made_up_run(tmp_path / "run", metrics)
+    text = report.write(run).read_text()
+    assert "| queries | policy steps | judge's win rate | mean length (initial) |" in text
+    assert (run / "win_rate.png").read_bytes().startswith(PNG)
+    assert "| sea | policy, by the judge | 1 | 64 | 64 | 0.250 [0.170, 0.330] |" in report.comparison_table(
+        [history.read_run(run)]
+    )
 
 
 def seeds(tmp_path: Path, *curves: Sequence[tuple[int, float]]) -> list[history.Run]:

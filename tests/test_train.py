@@ -89,6 +89,12 @@ def test_the_win_rate_starts_at_one_half_and_is_measured_every_8_queries(finishe
     assert [line["misc/query_step"] // 8 for line in evaluations] == [0, 1, 2, 3]
     assert evaluations[0]["eval/rm_win_rate"] == 0.5
     assert "eval/bon_win_rate" in evaluations[-1]
+    for line in evaluations:
+        assert line["eval/judge_win_rate_low"] <= line["eval/judge_win_rate"] <= line["eval/judge_win_rate_high"]
+        assert 0 < line["eval/distinct_words"] <= 1
+        assert line["eval/fluency"] < 0 < line["eval/reference_loss"]
+    assert len({line["eval/reference_loss"] for line in evaluations}) == len(evaluations)
+    assert {line["step"] for line in evaluations} & set(checkpoint.steps(finished / "checkpoints"))
     samples = lines(finished / "samples.jsonl")
     assert len(samples) == 6 * len(evaluations)
     assert all(sample["initial"] == sample["response"] for sample in samples if sample["step"] == 0)
@@ -124,7 +130,8 @@ def test_a_run_cut_off_after_its_labels_goes_on_to_the_same_numbers_and_pays_not
     monkeypatch.setattr(agent, "step", real_step)
     train.train(configured(), workdir)
     assert (workdir / "queries.jsonl").read_text().startswith(paid)
-    assert (workdir / "queries.jsonl").read_text() == (finished / "queries.jsonl").read_text()
+    for name in ("queries.jsonl", "evaluations.jsonl"):
+        assert (workdir / name).read_text() == (finished / name).read_text()
     assert outcome(workdir) == outcome(finished)
 
 
@@ -269,6 +276,31 @@ def test_a_new_run_begins_with_the_labels_that_another_has_paid_for(finished: Pa
     assert len(lines(tmp_path / "run" / "queries.jsonl")) == 1 + len(ledger)
 
 
+def test_a_run_that_had_no_judge_goes_on_with_one(finished: Path, tmp_path: Path) -> None:
+    then = configuration.resolve(configured(eval__judge__kind=""))
+    now, other = (
+        configuration.resolve(configured(eval__judge__kind=kind)) for kind in ("my:judge", "configs.tiny_random:judge")
+    )
+    assert configuration.differences(now, then) == []
+    assert configuration.differences(other, now) == [
+        "config.eval.judge.kind: 'my:judge' in the work directory, 'configs.tiny_random:judge' now"
+    ]
+    saved = json.loads((finished / "config.json").read_text())
+    del saved["eval"]["judge"], saved["eval"]["oracle"], saved["eval"]["likelihood_prompts"]  # as of an older version
+    assert configuration.from_json(saved, "config.json").eval.judge.kind == ""
+    assert configuration.differences(configuration.resolve(configured()), configuration.from_json(saved, "here")) == []
+
+
+def test_the_log_says_once_that_the_judge_falls_while_the_oracle_rises(caplog: pytest.LogCaptureFixture) -> None:
+    measured: list[dict[str, Any]] = []
+    for step, (oracle, judge) in enumerate([(0.5, 0.5), (0.6, 0.45), (0.7, 0.4), (0.8, 0.3)]):
+        row = {"step": step, "misc/query_step": 8 * step, "eval/rm_win_rate": oracle, "eval/judge_win_rate": judge}
+        measured.append(row | {"eval/rm_win_rate_high": oracle + 0.1, "eval/judge_win_rate_low": judge - 0.1})
+        train.warn_if_exploited(measured)
+    assert caplog.text.count("has fallen twice") == 1
+    assert "at 16 queries the oracle's win rate has risen twice in a row, to 0.700" in caplog.text
+
+
 def nan_loss(pairs: Any, *, beta: float = 0.1) -> Any:
     """A loss that breaks."""
     return pairs.chosen * jnp.nan
@@ -297,6 +329,13 @@ def no_prompts(directory: Path) -> dict[str, Any]:
 def empty_prompts(directory: Path) -> dict[str, Any]:
     (directory / "empty.jsonl").write_text("")
     return {"data__path": str(directory / "empty.jsonl")}
+
+
+def no_references(directory: Path) -> dict[str, Any]:
+    prompts = lines(Path(tiny_random.get_config().data.path))
+    (directory / "bare.jsonl").write_text("".join(json.dumps(line | {"reference": " "}) + "\n" for line in prompts))
+    judge = {"eval__judge__kind": "embedding", "eval__judge__against": "mixture"}
+    return {"data__path": str(directory / "bare.jsonl"), **judge}
 
 
 def half_a_model(directory: Path) -> dict[str, Any]:
@@ -358,6 +397,22 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no budget": (lambda _: {"max_queries": 0}, r"config.max_queries=0: must be 1 or more"),
     "an unknown rule": (lambda _: {"exploration__rule": "best"}, r"config.exploration.rule='best'.*bai_ts"),
     "a hyper-parameter of another loss": (lambda _: {"loss__gamma_over_beta": 0.1}, r"gamma_over_beta.*dpo.*beta"),
+    "a judge without its model": (
+        lambda _: {"eval__judge__kind": "reward_model"},
+        r"config.eval.judge.reward_model='': eval.judge.kind=reward_model needs a directory",
+    ),
+    "a judge that is not there": (
+        lambda _: {"eval__judge__kind": "tests.test_train:nobody"},
+        r"config.eval.judge.kind=tests.test_train:nobody: .*importable",
+    ),
+    "an oracle that reads references where there are none": (
+        lambda _: {"oracle__kind": "embedding", "oracle__against": "reference", "data__reference_field": ""},
+        r"config.oracle.against='reference': data.reference_field must name the field",
+    ),
+    "a judge that reads references of which all are empty": (
+        no_references,
+        r"config.eval.judge.against=mixture: none of \d+ held-out prompts has a reference",
+    ),
     "too many layers": (lambda _: {"policy__train_last_layers": 3}, r"train_last_layers=3: the model has 2 layers"),
     "no data file": (no_prompts, r"none.jsonl is no file"),
     "an empty data file": (empty_prompts, r"empty.jsonl holds no prompts"),

@@ -34,7 +34,7 @@ def texts_of(tokenizer: Tokenizer, settings: SamplingSettings) -> Callable[[Cand
 def finished_by(
     eos_ids: Sequence[int], tokenizer: Tokenizer, strings: Sequence[str]
 ) -> Callable[[Candidates], Bool[np.ndarray, "B M"]]:
-    """Returns the function that tells which candidates ended, by themselves or by a stop string; others were cut at T tokens."""
+    """Returns the function that tells which candidates ended, by themselves or by a stop string; others were cut."""
 
     def finished(candidates: Candidates) -> Bool[np.ndarray, "B M"]:
         tokens, lengths = np.asarray(candidates.tokens), np.asarray(candidates.lengths)

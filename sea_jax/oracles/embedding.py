@@ -1,6 +1,6 @@
-"""An oracle nobody trained: the similarity of an encoder's embeddings of prompt and response."""
+"""An oracle nobody trained: the similarity of an encoder's embeddings of a response and of its prompt or reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,18 @@ from sea_jax.data import batching
 from sea_jax.models import encoder, tokenizer
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import EncoderConfig
+from sea_jax.repetition import distinct_words
 from sea_jax.types import Array, Reward
 
 ENCODER_BUCKET = 32  # tokens; texts are padded to a multiple of it
 ENCODER_BATCH = 16  # texts encoded at a time, sorted by length so that short ones pay for short ones
+
+# What a response is compared with -> how much the human reference counts, from the weight that a mixture gives it.
+AGAINST: Mapping[str, Callable[[float], float]] = {
+    "prompt": lambda weight: 0.0,
+    "reference": lambda weight: 1.0,
+    "mixture": lambda weight: weight,
+}
 
 
 def embed_texts(source: str) -> Callable[[Sequence[str]], Float32[np.ndarray, "N d"]]:
@@ -51,20 +59,43 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], Float32[np.ndarray, "N
     return apply
 
 
-def embedding_similarity(source: str) -> Reward:
-    """A reward nobody trained: cosine, in [-1, 1], of the embeddings of prompt and response.
+def embedding_similarity(source: str, on_reference: float = 0.0, references: Mapping[str, str] | None = None) -> Reward:
+    """A reward nobody trained: cosine, in [-1, 1], of the embeddings of a response and of what it is compared with.
 
     Args:
       source: the encoder, anything that `hf.load` takes.
+      on_reference: how much the cosine with the human reference counts, from 0 to 1; that with the prompt has the rest.
+      references: prompt -> the human reference; NaN is the reward where one is needed and not there.
     """
     embed = embed_texts(source)
-    seen: dict[str, np.ndarray] = {}  # prompts come again in every candidate and evaluation
+    seen: dict[str | None, np.ndarray] = {}  # prompts and references come again in every candidate and evaluation
+    known = {} if references is None else references
 
     def reward(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in seen]
+        anchors_by_weight: list[tuple[float, Sequence[str | None]]] = [
+            (1 - on_reference, prompts),
+            (on_reference, [known.get(prompt) for prompt in prompts]),
+        ]
+        compared = [(weight, anchors) for weight, anchors in anchors_by_weight if weight]
+        wanted = dict.fromkeys(text for _, anchors in compared for text in anchors)
+        new = [text for text in wanted if text is not None and text not in seen]
         vectors = embed([*new, *responses])
         seen.update(zip(new, vectors, strict=False))
-        prompt_vectors = np.stack([seen[prompt] for prompt in prompts])
-        return (prompt_vectors * vectors[len(new) :]).sum(-1).astype(np.float64)
+        seen[None] = np.full(vectors.shape[-1], np.nan, np.float32)  # there is no reference
+        total = np.zeros(len(responses))
+        for weight, anchors in compared:
+            cosine = (np.stack([seen[text] for text in anchors]) * vectors[len(new) :]).sum(-1)
+            total += weight * cosine.astype(np.float64)
+        return total
 
     return reward
+
+
+def less_repetition(reward: Reward, penalty: float) -> Reward:
+    """Takes the penalty times the share of words that repeat an earlier one of the response off a reward."""
+
+    def penalised(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
+        repeated = np.array([1 - distinct_words(response) for response in responses])
+        return reward(prompts, responses) - penalty * repeated
+
+    return penalised

@@ -1,14 +1,14 @@
-"""From the settings to who labels."""
+"""From the settings to who labels, and to who judges."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
 
 from sea_jax.oracles import preferences, user_preference
-from sea_jax.oracles.embedding import embedding_similarity
+from sea_jax.oracles.embedding import AGAINST, embedding_similarity, less_repetition
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.runtime import processes
 from sea_jax.settings import (
@@ -18,6 +18,7 @@ from sea_jax.settings import (
     NOT_NEGATIVE,
     POSITIVE,
     URLS,
+    Check,
     addresses,
     naming,
     one_of,
@@ -28,20 +29,30 @@ from sea_jax.settings import (
 from sea_jax.types import Oracle, Preference
 
 KINDS = ("embedding", "reward_model", "remote")
+KIND: Check = one_of_or_user(KINDS)
+KIND_OR_NONE: Check = (lambda v: v == "" or KIND[0](v), f"empty, {KIND[1]}")
+KINDS_TOLD = '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference'
 
 
 @dataclass(frozen=True)
-class OracleSettings:
-    """Who labels the duels, and how."""
+class PreferenceSettings:
+    """Whose taste it is."""
 
-    kind: str = setting(
-        "embedding",
-        '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference',
-        one_of_or_user(KINDS),
+    kind: str = setting("embedding", KINDS_TOLD, KIND)
+    encoder: str = setting("builtin:all-minilm-l6-v2", "embedding: whose embeddings are compared")
+    against: str = setting(
+        "prompt",
+        'embedding: what a response is compared with: "prompt", "reference" (the human one) or a "mixture"',
+        one_of(*AGAINST),
     )
-    encoder: str = setting("builtin:all-minilm-l6-v2", "of the embedding oracle")
+    reference_weight: float = setting(
+        0.5, "mixture: of the similarity with the reference; that with the prompt has the rest", FRACTION
+    )
+    repetition_penalty: float = setting(
+        0.0, "embedding: taken off the similarity, times the share of words that were there before", NOT_NEGATIVE
+    )
     reward_model: str = setting("", "sequence classifier with one label, given as policy.source is")
-    urls: str = setting("", "remote: servers of oracle.reward_model, separated by commas; they share the texts", URLS)
+    urls: str = setting("", "remote: servers of reward_model, separated by commas; they share the texts", URLS)
     timeout_s: float = setting(
         600.0, "remote, async def: how long a server or a call may take to answer", POSITIVE, unit="seconds"
     )
@@ -70,6 +81,35 @@ class OracleSettings:
         "10 for the similarity, a cosine",
         (lambda v: 0 <= v < math.inf, "a finite number of 0 or more"),
     )
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether it compares a response with the human reference."""
+        return self.kind == "embedding" and self.against != "prompt"
+
+    def faults_of(self, field: str) -> Iterator[str]:
+        """Yields a line for everything that does not go together.
+
+        Args:
+          field: where these settings stand, such as oracle.
+        """
+        if self.kind in ("reward_model", "remote") and not self.reward_model:
+            yield f"config.{field}.reward_model='': {field}.kind={self.kind} needs a directory or hub name"
+        if self.kind == "remote" and not self.urls:
+            yield f"config.{field}.urls='': {field}.kind=remote needs the URL of a server, or several separated by commas"
+
+
+@dataclass(frozen=True)
+class JudgeSettings(PreferenceSettings):
+    """Who compares responses in evaluations, apart from the oracle; nothing is ever learnt from it."""
+
+    kind: str = setting("", f'"": there is none; {KINDS_TOLD}', KIND_OR_NONE)
+
+
+@dataclass(frozen=True)
+class OracleSettings(PreferenceSettings):
+    """Who labels the duels, and how."""
+
     label: str = setting(
         "deterministic",
         '"deterministic": who is preferred wins; "bradley_terry": drawn; "soft": the probability itself',
@@ -79,30 +119,43 @@ class OracleSettings:
 
     def faults(self) -> Iterator[str]:
         """Yields a line for everything that does not go together."""
-        if self.kind in ("reward_model", "remote") and not self.reward_model:
-            yield f"config.oracle.reward_model='': oracle.kind={self.kind} needs a directory or hub name"
-        if self.kind == "remote" and not self.urls:
-            yield "config.oracle.urls='': oracle.kind=remote needs the URL of a server, or several separated by commas"
+        yield from self.faults_of("oracle")
 
 
-def own_scale(settings: OracleSettings) -> float:
-    """Returns what rewards are multiplied by, where nothing is set as the kind of oracle wants it."""
+def own_scale(settings: PreferenceSettings) -> float:
+    """Returns what rewards are multiplied by, where nothing is set as the kind of preference wants it."""
     return settings.scale or (1.0 if settings.kind in ("reward_model", "remote") else 10.0)
 
 
-def preference(settings: OracleSettings, token_file: str = "", now: datetime | None = None) -> Preference:
-    """Returns the taste behind the oracle, free of noise.
+def preference(
+    settings: PreferenceSettings,
+    token_file: str = "",
+    now: datetime | None = None,
+    *,
+    field: str = "oracle",
+    references: Mapping[str, str] | None = None,
+) -> Preference:
+    """Returns the taste behind an oracle or a judge, free of noise.
 
     Args:
-      settings: OracleSettings.
-      token_file: holds the token of the oracle's servers; "": the environment does.
+      settings: PreferenceSettings.
+      token_file: holds the token of its servers; "": the environment does.
       now: the time that a reward model's chat template is told; None: that of the clock.
+      field: where the settings stand, for errors.
+      references: prompt -> the human response, for a taste that reads it.
     """
     if settings.kind == "embedding":
-        with naming("oracle.encoder", settings.encoder):
-            return preferences.by_reward(embedding_similarity(settings.encoder), own_scale(settings))
+        with naming(f"{field}.encoder", settings.encoder):
+            reward = embedding_similarity(
+                settings.encoder, AGAINST[settings.against](settings.reference_weight), references or {}
+            )
+        if settings.repetition_penalty:
+            reward = less_repetition(reward, settings.repetition_penalty)
+        taste = preferences.by_reward(reward, own_scale(settings))
+        taste.reads_references = settings.reads_references  # type: ignore[attr-defined]
+        return taste
     if settings.kind == "reward_model":
-        with naming("oracle.reward_model", settings.reward_model):
+        with naming(f"{field}.reward_model", settings.reward_model):
             scores = reward_model_scores(
                 settings.reward_model,
                 dtype=settings.dtype,
@@ -113,12 +166,12 @@ def preference(settings: OracleSettings, token_file: str = "", now: datetime | N
         return preferences.by_reward(scores, own_scale(settings))
     if settings.kind == "remote":
         served = remote_scores(settings, token_file)
-        with naming("oracle.reward_model", settings.reward_model):
+        with naming(f"{field}.reward_model", settings.reward_model):
             scores = remote_reward(served, settings.reward_model, settings.max_tokens, now)
         return processes.asked_by_first(preferences.by_reward(scores, own_scale(settings)))
     caller = user_preference.Caller(
-        user_function(settings.kind, "oracle.kind"),
-        settings.kind,
+        user_function(settings.kind, f"{field}.kind"),
+        f"{field}.kind={settings.kind}",
         settings.retries,
         settings.timeout_s,
         settings.concurrency,
@@ -126,7 +179,7 @@ def preference(settings: OracleSettings, token_file: str = "", now: datetime | N
     return processes.asked_by_first(user_preference.persistent(caller))
 
 
-def remote_scores(settings: OracleSettings, token_file: str) -> Callable[[list[list[int]]], np.ndarray]:
+def remote_scores(settings: PreferenceSettings, token_file: str) -> Callable[[list[list[int]]], np.ndarray]:
     """Returns the scores of the servers of a reward model: token ids of N conversations -> [N].
 
     Raises:

@@ -34,7 +34,7 @@ class Caller:
 
     Attributes:
       preference: the code.
-      name: my_module:my_function.
+      name: oracle.kind=my_module:my_function, or that of a judge.
       retries: calls after one that failed, before the next is an error; they count anew behind every answer.
       timeout_s: seconds that one call may be awaited.
       concurrency: calls that are awaited at once.
@@ -103,7 +103,7 @@ def _check_signature(preference: Preference, name: str) -> None:
         signature.bind([], [], [])
     except TypeError as error:
         raise ValueError(
-            f"config.oracle.kind={name} takes {signature}: {error}; it is called with the prompts, the first and the second "
+            f"config.{name} takes {signature}: {error}; it is called with the prompts, the first and the second "
             "responses, and all other parameters need a default"
         ) from error
 
@@ -194,7 +194,7 @@ def _one_pair_each(caller: Caller, pairs: Pairs) -> Iterator[tuple[int, float]]:
 
 def _wait_s(caller: Caller, failures: int, error: Exception) -> float:
     """How long is waited before the code is called again; raises what the run ends with where it is not."""
-    told = f"config.oracle.kind={caller.name} failed with {_one_line(error, caller.preference)}"
+    told = f"config.{caller.name} failed with {_one_line(error, caller.preference)}"
     if isinstance(error, MISTAKES):
         raise NoAnswerError(told) from error
     if failures > caller.retries:

@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import json
+import math
 import re
 import shutil
 import sys
@@ -35,21 +37,26 @@ class CheckpointSettings:
     every_steps: int = setting(
         10, "between checkpoints; with actor.sync_every, the next push after them", AT_LEAST_1, unit="steps"
     )
-    keep: int = setting(2, "newest checkpoints kept", AT_LEAST_1)
+    keep: int = setting(2, "newest checkpoints kept, besides that of the best evaluation", AT_LEAST_1)
 
 
 @contextmanager
-def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
+def open_directory(directory: Path, keep: int, best_by: str = "") -> Iterator[Checkpointer]:
     """Opens a directory of checkpoints; on leaving, waits until the last save is on disk.
 
     Args:
       directory: made if there is none; what a killed run left half-written in it is removed.
       keep: newest checkpoints kept.
+      best_by: the measure of which the best checkpoint is kept, too; "": none is.
 
     Raises:
       OSError: the last save failed.
     """
-    policy = ocp.training.preservation_policies.LatestN(keep)
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(
+        get_metric_fn=lambda measures: measures.get(best_by, -math.inf), n=1, keep_checkpoints_without_metrics=False
+    )
+    policy = policies.AnyPreservationPolicy([policies.LatestN(keep), *([best] if best_by else [])])
     _quiet()
     checkpointer = Checkpointer(directory.absolute(), preservation_policy=policy, cleanup_tmp_directories=True)
     try:
@@ -59,13 +66,14 @@ def open_directory(directory: Path, keep: int) -> Iterator[Checkpointer]:
             checkpointer.close()
 
 
-def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
+def save(checkpointer: Checkpointer, step: int, state: Any, measures: Mapping[str, float] | None = None) -> None:
     """Writes a state; returns once it is copied, the disk is written in the background.
 
     Args:
       checkpointer: from `open_directory`.
       step: names the checkpoint; one that is there already is left as it is.
       state: a pytree of arrays and Python numbers.
+      measures: how good it is, the more the better; None: nobody knows.
 
     Raises:
       OSError: this save or the one before failed; the checkpoints before it are whole.
@@ -74,7 +82,8 @@ def save(checkpointer: Checkpointer, step: int, state: Any) -> None:
         checkpointer.wait()
         if checkpointer.latest is not None and checkpointer.latest.step >= step:
             return
-        checkpointer.save_async(step, state, force=True)  # by itself Orbax leaves saves out that come too fast
+        # By itself Orbax leaves saves out that come too fast.
+        checkpointer.save_async(step, state, force=True, metrics=dict(measures) if measures else None)
 
 
 def abstract(state: Any) -> Any:
@@ -131,6 +140,23 @@ def steps(directory: Path) -> list[int]:
     """Returns the steps, ascending, of the checkpoints in a directory, which need not exist; nothing in it is touched."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def best(directory: Path, measure: str) -> int | None:
+    """Returns the step of the best checkpoint in a directory, the newest of several; None: none was measured.
+
+    Args:
+      directory: that `open_directory` was given; nothing in it is touched.
+      measure: as in `open_directory`.
+    """
+    found = {step: _measures(directory / str(step)).get(measure) for step in steps(directory)}
+    return max(((value, step) for step, value in found.items() if value is not None), default=(None, None))[1]
+
+
+def _measures(path: Path) -> dict[str, float]:
+    """What a checkpoint was saved with."""
+    file = path / "metrics" / "metrics"  # where Orbax puts it
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def read(directory: Path, parts: Mapping[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:

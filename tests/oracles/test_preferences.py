@@ -15,9 +15,10 @@ from sea_jax.data.conversations import Conversation
 from sea_jax.models import decoder, encoder, reward, tokenizer
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.config import EncoderConfig, ModelConfig
+from sea_jax.oracles import oracle as oracles
 from sea_jax.oracles import preferences
 from sea_jax.oracles.embedding import ENCODER_BATCH, embed_texts, embedding_similarity
-from sea_jax.oracles.oracle import OracleSettings, own_scale
+from sea_jax.oracles.oracle import JudgeSettings, OracleSettings, own_scale
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.types import Judgement, Oracle
 from tests.support import tiny
@@ -317,6 +318,37 @@ def test_similarity_is_the_cosine_of_prompt_and_response(directory, embed):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found[0] == pytest.approx(1.0, abs=1e-5)
     np.testing.assert_allclose(reward(prompts[::-1], responses[::-1]), expected[::-1], atol=1e-5)
+
+
+def test_a_mixture_weighs_the_cosines_with_prompt_and_reference(directory, embed):
+    prompts, responses = [sentence(5, seed=1), sentence(7, seed=2)], [sentence(4, seed=3), sentence(6, seed=4)]
+    human = sentence(5, seed=5)
+    on_prompt = (embed(prompts) * embed(responses)).sum(-1)
+    on_reference = float(embed([human])[0] @ embed(responses[:1])[0])
+    references = {prompts[0]: human}  # the second prompt has none
+    for weight in (1.0, 0.25):
+        found = embedding_similarity(str(directory), weight, references)(prompts, responses)
+        assert found[0] == pytest.approx(weight * on_reference + (1 - weight) * on_prompt[0], abs=1e-5)
+        assert np.isnan(found[1])
+
+
+def test_a_taste_for_references_abstains_where_there_is_none_and_is_told_of_repetition(directory, embed):
+    prompts, human, other = [sentence(5, seed=1), sentence(7, seed=2)], sentence(5, seed=5), sentence(5, seed=6)
+    settings = JudgeSettings(kind="embedding", encoder=str(directory), against="reference", scale=1.0)
+    taste = oracles.preference(settings, field="eval.judge", references={prompts[0]: human})
+    said = taste(prompts, [human, human], [other, other])
+    assert said[0] == pytest.approx(1 / (1 + np.exp(float(embed([human])[0] @ embed([other])[0]) - 1)), abs=1e-4)
+    assert np.isnan(said[1])
+    assert taste.reads_references  # so that nothing is compared with the reference itself
+    strict = replace(settings, repetition_penalty=2.0)
+    twice = f"{other} {other}"  # half of the words were there before
+    plain, penalised = (
+        oracles.preference(each, references={prompts[0]: human})(prompts[:1], [twice], [human])[0]
+        for each in (settings, strict)
+    )
+    share = 1 - len(set(twice.split())) / len(twice.split())
+    lost = share - (1 - len(set(human.split())) / len(human.split()))
+    assert np.log(penalised / (1 - penalised)) == pytest.approx(np.log(plain / (1 - plain)) - 2 * lost, abs=1e-4)
 
 
 def test_a_decoder_is_no_encoder(tmp_path):

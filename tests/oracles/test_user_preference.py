@@ -38,7 +38,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def caller(preference: Any, retries: int = 2, concurrency: int = 2, timeout_s: float = 60.0) -> Any:
-    return persistent(Caller(preference, "mine:taste", retries, timeout_s, concurrency))
+    return persistent(Caller(preference, "oracle.kind=mine:taste", retries, timeout_s, concurrency))
 
 
 def ask(preference: Any, count: int = 4, **names: Any) -> Any:
