@@ -40,6 +40,7 @@ KEPT_TO = {
     "vllm": set(),
     "trl": set(),
     "configs": set(),
+    "experiments": set(),
     "gpu_bridge": {"actors.bridge", "oracles.oracle"},
     "tests": set(),
 }
