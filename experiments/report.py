@@ -27,11 +27,6 @@ def known_by_all(curves: np.ndarray) -> np.ndarray:
     return np.isfinite(curves).all(0)
 
 
-def last(curves: np.ndarray) -> np.ndarray:
-    """Returns the values [S] at the last point that every seed has come to."""
-    return curves[:, np.flatnonzero(known_by_all(curves))[-1]]
-
-
 def shown(interval: Interval) -> str:
     """Returns it as it stands in tables."""
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
@@ -49,7 +44,7 @@ def gain(found: Results, recipe: str, baseline: str, measure: str) -> str:
 
 
 def table(found: Results, baseline: str, who: str) -> str:
-    """Returns one row per recipe: final win rates, difference to the baseline seed by seed, label gain, and what else is known.
+    """Returns one row per recipe: what it has come to at the last point that each of its seeds and the baseline's have reached.
 
     Args:
       found: Results.
@@ -57,26 +52,36 @@ def table(found: Results, baseline: str, who: str) -> str:
       who: is evaluated, "policy", "greedy" or "best_of_n".
     """
     by_oracle, by_judge = f"{who}/oracle", f"{who}/judge"
-    head = ["recipe", "rate", "win rate, oracle", "win rate, judge", "judge, minus baseline", "label gain, oracle"]
+    head = [
+        "recipe",
+        "rate",
+        "labels",
+        "win rate, oracle",
+        "win rate, judge",
+        "judge, minus baseline",
+        "label gain, oracle",
+    ]
     head += ["label gain, judge", *(f"labels to {level}, judge" for level in LEVELS)]
     head += ["regret", "online win rate", "ERM accuracy", "KL", "length", "policy steps"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, measures in found.curves.items():
-        points = known_by_all(measures[by_judge])
+        against = found.curves[baseline]
+        points = np.flatnonzero(known_by_all(measures[by_judge]) & known_by_all(against[by_judge]))
         labels, mean = found.queries[points], measures[by_judge][:, points].mean(0)
-        spent = labels[-1]
-        others = [f"{last(measures[each]).mean():.3g}" for each in ("erm_accuracy", "kl", "length", "policy_steps")]
+        spent, end = labels[-1], {measure: values[:, points[-1]] for measure, values in measures.items()}
+        others = [f"{end[each].mean():.3g}" for each in ("erm_accuracy", "kl", "length", "policy_steps")]
         lines.append(
             [
                 name,
                 f"{found.recipes[name]['rate']:g}",
-                shown(over_seeds(last(measures[by_oracle]))),
-                shown(over_seeds(last(measures[by_judge]))),
-                shown(paired(last(measures[by_judge]), last(found.curves[baseline][by_judge]))),
+                f"{spent:.0f}",
+                shown(over_seeds(end[by_oracle])),
+                shown(over_seeds(end[by_judge])),
+                shown(paired(end[by_judge], against[by_judge][:, points[-1]])),
                 *(gain(found, name, baseline, measure) for measure in (by_oracle, by_judge)),
                 *(f"{labels_to_reach(labels, mean, level):.0f}" for level in LEVELS),
-                shown(over_seeds(last(measures["cumulative_regret"]) / spent)),
-                f"{(last(measures['online']) / spent).mean():.3f}",
+                shown(over_seeds(end["cumulative_regret"] / spent)),
+                f"{(end['online'] / spent).mean():.3f}",
                 *others,
             ]
         )
