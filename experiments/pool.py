@@ -193,6 +193,7 @@ def main() -> None:
         evaluations=12,
         ensemble=EnsembleSettings(num_heads=8, hidden_size=32, batch_size=64, steps=2, learning_rate=3e-3),
         loss=LossSettings(),
+        rules=tuple(sorted({known[name].rule for name in names})),
     )
     grid = results.log_grid(arguments.queries, 4 * sizes.batch_size)
     noise = {"flip_probability": arguments.flip, "anchor_strength": arguments.anchor}

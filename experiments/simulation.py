@@ -120,8 +120,11 @@ class Recipe:
     anchor_strength: float = 0.5
     flip_probability: float = 0.0
 
-    def choices(self) -> "Choices":
+    def choices(self, rules: Sequence[str]) -> "Choices":
         """Returns the recipe as numbers, so that one compiled program serves all recipes.
+
+        Args:
+          rules: the duel rules that the program holds.
 
         Raises:
           ValueError: a choice is none of those that there are.
@@ -133,7 +136,7 @@ class Recipe:
             return np.int32(known.index(value))
 
         return Choices(
-            rule=number("rule", self.rule, RULES),
+            rule=number("rule", self.rule, rules),
             gamma=np.float32(self.gamma),
             burn_in_queries=np.int32(self.burn_in_queries),
             erm_pair=number("erm_pair, erm_label", (self.erm_pair, self.erm_label), ERM_PAIRS),
@@ -178,6 +181,7 @@ class Sizes:
       evaluations: how often, at equal distances of steps.
       ensemble: the ERM; its anchor_strength is the recipe's.
       loss: the policy's.
+      rules: duel rules, those that the recipes name.
     """
 
     queries: int
@@ -187,6 +191,7 @@ class Sizes:
     evaluations: int
     ensemble: EnsembleSettings
     loss: LossSettings
+    rules: tuple[str, ...]
 
 
 @struct.dataclass
@@ -273,7 +278,7 @@ def propose(
     )
 
 
-def choose(choices: Choices, proposal: Proposal, key: PRNGKeyArray) -> Duel:
+def choose(choices: Choices, sizes: Sizes, proposal: Proposal, key: PRNGKeyArray) -> Duel:
     """The duel of the recipe's rule, which is shown what it asks for."""
 
     def of(name: str) -> Callable[[], Duel]:
@@ -281,7 +286,7 @@ def choose(choices: Choices, proposal: Proposal, key: PRNGKeyArray) -> Duel:
         seen = {each: proposal.seen[each] for each in sampling.seen_by(rule, f"exploration.rule={name}")}
         return lambda: rule(proposal.rewards, proposal.distinct, key, **seen)
 
-    return jax.lax.switch(choices.rule, [of(name) for name in RULES])
+    return jax.lax.switch(choices.rule, [of(name) for name in sizes.rules])
 
 
 def assign(choices: Choices, proposal: Proposal, duel: Duel, queries: Array, keys: Mapping[str, Array]) -> Assignment:
@@ -357,7 +362,7 @@ def step(
     """One step: asks about the prompts of rows[0], learns, and plans on those of the other rows without a label."""
     keys = named_keys(key)
     proposal = propose(choices, sizes, environment, run, rows[0], keys["generate"])
-    duel = choose(choices, proposal, keys["duel"])
+    duel = choose(choices, sizes, proposal, keys["duel"])
     assignment = assign(choices, proposal, duel, run.queries, keys)
     duel = assignment.duel
     differ = proposal.distinct[jnp.arange(len(rows[0])), duel.first, duel.second]
@@ -519,7 +524,7 @@ def laboratory(
     def run(recipe: Recipe, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, np.ndarray]:
         found = all_seeds(
             given,
-            recipe.choices(),
+            recipe.choices(sizes.rules),
             jnp.asarray(rates, jnp.float32),
             jnp.asarray(seeds, jnp.int32),
             steps=num_steps(recipe, sizes),

@@ -20,6 +20,7 @@ SIZES = Sizes(
     evaluations=2,
     ensemble=EnsembleSettings(num_heads=2, hidden_size=4, batch_size=4, steps=1),
     loss=LossSettings(),
+    rules=("passive", "bai_ts", "uncertainty"),
 )
 NUM_TRAIN = SIZES.batch_size * (1 + simulation.MAX_PLANNING)
 
@@ -94,7 +95,13 @@ def test_regret_is_that_of_the_duellists_against_the_best_of_the_pool():
     rows = jnp.arange(NUM_TRAIN).reshape(-1, SIZES.batch_size)
     step = jax.jit(simulation.step, static_argnums=1)
     after = step(
-        Recipe().choices(), SIZES, environment, run, rows.astype(jnp.int32), jnp.float32(0.0), jax.random.key(2)
+        Recipe().choices(SIZES.rules),
+        SIZES,
+        environment,
+        run,
+        rows.astype(jnp.int32),
+        jnp.float32(0.0),
+        jax.random.key(2),
     )
     count = int(after.queries)
     apart = np.abs(np.diff(np.asarray(environment.oracle[: SIZES.batch_size]), axis=1))[:, 0] / 2
@@ -106,12 +113,12 @@ def test_regret_is_that_of_the_duellists_against_the_best_of_the_pool():
 
 def test_what_is_no_choice_is_refused_by_name():
     with pytest.raises(ValueError, match="lessons='all'"):
-        replace(Recipe(), lessons="all").choices()
+        replace(Recipe(), lessons="all").choices(SIZES.rules)
 
 
 def test_the_bandit_has_variants_that_all_can_be_run():
     for recipe in bandit.recipes(100).values():
-        recipe.choices()
+        recipe.choices(simulation.RULES)
 
 
 def test_curves_are_read_where_queries_were_paid_for_and_nowhere_beyond():
