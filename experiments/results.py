@@ -79,7 +79,7 @@ def run_all(
     before = read(path) if path.exists() else None
     entries: dict[str, Any] = {}
     curves: dict[str, Any] = {}
-    if before is not None and before.about == about:
+    if before is not None and before.about == json.loads(json.dumps(about)):
         entries, curves = dict(before.recipes), dict(before.curves)
     each = num_seeds // len(rates)
     for name, recipe in recipes.items():
