@@ -25,7 +25,7 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sea_jax gpu_bridge configs benchmarks docs tests
+	$(BIN)/mypy sea_jax gpu_bridge configs benchmarks experiments docs tests
 
 $(VENV)/run.stamp: requirements.txt requirements.lock
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'

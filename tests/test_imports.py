@@ -41,6 +41,7 @@ KEPT_TO = {
     "wandb": {"runtime.metrics"},
     "trl": set(),
     "configs": set(),
+    "experiments": set(),
     "gpu_bridge": {"actors.bridge", "oracles.oracle"},
     "tests": set(),
 }
