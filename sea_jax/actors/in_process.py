@@ -1,6 +1,7 @@
 """Who writes the responses: the policy itself, in this process, or servers that are given its weights."""
 
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,21 @@ from sea_jax.models.config import ModelConfig
 from sea_jax.types import Candidates, Generate, Params, Prompts, Respond
 
 
-def at_once(generate: Generate) -> Respond:
-    """Answers every batch when it is asked to, and has nothing to say of it."""
-    return lambda number, trained, prompts, key, version: (generate(trained, prompts, key, version), {})
+def at_once(generate: Generate, newest: Callable[[Params, int], tuple[Params, int]]) -> Respond:
+    """Answers every batch when it is asked to.
+
+    Args:
+      generate: who writes.
+      newest: weights and their version -> those that are to write.
+    """
+
+    def respond(
+        number: int, trained: Params, prompts: Prompts, key: PRNGKeyArray, version: int
+    ) -> tuple[Candidates, Mapping[str, float]]:
+        weights, of_version = newest(trained, version)
+        return generate(weights, prompts, key, of_version), {}
+
+    return respond
 
 
 def in_process(frozen: Params, config: ModelConfig, sampling: GenerationConfig, batch_size: int = 0) -> Generate:
