@@ -10,10 +10,15 @@ import ml_collections
 
 from configs import quickstart_sft
 from sea_jax.config import default
+from sea_jax.methods.table import with_method
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration."""
+def get_config(method: str = "") -> ml_collections.ConfigDict:
+    """Returns the configuration.
+
+    Args:
+      method: one of docs/methods.md, as in configs/quickstart.py:online; "": as told above.
+    """
     config, sft = default(), quickstart_sft.get_config()
     config.name = "quickstart"
     config.max_queries = 256
@@ -50,4 +55,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.judge.kind = "embedding"
     config.eval.judge.against = "reference"  # the summary that a person wrote, which nothing is learnt from
     config.checkpoint.every_steps = 4
-    return config
+    return with_method(config, method)

@@ -12,6 +12,7 @@ Expected (paper, Fig. 5): the win rate that passive online DPO reaches after 50,
 import ml_collections
 
 from sea_jax.config import default
+from sea_jax.methods.table import with_method
 
 POLICIES = {
     "1b": "trl-lib/pythia-1b-deduped-tldr-sft",
@@ -23,15 +24,16 @@ POLICIES = {
 SAMPLED_AT_A_TIME = {"1b": 128, "2.8b": 64, "6.9b": 32}
 
 
-def get_config(size: str = "1b") -> ml_collections.ConfigDict:
+def get_config(choice: str = "1b") -> ml_collections.ConfigDict:
     """Returns the configuration.
 
     Args:
-      size: one of POLICIES.
+      choice: one of POLICIES, or with a method of docs/methods.md behind it, as in 1b,online.
 
     Raises:
-      ValueError: there is no such size.
+      ValueError: there is no such size or method.
     """
+    size, _, method = choice.partition(",")
     if size not in POLICIES:
         raise ValueError(f"configs/tldr.py:{size}: the sizes are {', '.join(POLICIES)}")
     config = default()
@@ -83,4 +85,4 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.eval.batch_size = SAMPLED_AT_A_TIME[size]
     config.eval.max_new_tokens = 128  # longer than in training, so that summaries end by themselves
     config.eval.against_references = True
-    return config
+    return with_method(config, method)

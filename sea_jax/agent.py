@@ -50,6 +50,9 @@ class ExplorationSettings:
         (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
         source="authors' code; mixture ratio of Eq. 9",
     )
+    asked_prompts: int = setting(
+        0, "prompts of a batch that go on, where the method selects them (apl); 0: all", NOT_NEGATIVE, unit="prompts"
+    )
     burn_in_queries: int = setting(1000, "gamma is 1 until so many queries are paid for", NOT_NEGATIVE, unit="queries")
     erm_share: str = setting(
         "drawn",

@@ -53,7 +53,9 @@ class RunSettings:
     bridge_token_file: str = setting(
         "", 'holds the servers\' token; "": the environment variable SEA_JAX_BRIDGE_TOKEN does'
     )
-    method: str = setting("sea", 'fills the slots of the agent: "sea", "online", or my_module:my_method', GIVEN)
+    method: str = setting(
+        "sea", "fills the slots of the agent: a name of docs/methods.md, or my_module:my_method", GIVEN
+    )
     max_queries: int = setting(
         50_000,
         "budget: pairs labelled by the oracle, exact",
@@ -137,6 +139,8 @@ class SftSettings:
     def faults(self) -> Iterator[str]:
         """Yields a line for everything in different parts that does not go together."""
         yield from indivisible(self.data, self.learner)
+        if self.learner.anchor_decay:
+            yield f"config.learner.anchor_decay={self.learner.anchor_decay}: must be 0, fine-tuning has no reference"
 
 
 def indivisible(data: DataSettings, learner: LearnerSettings) -> Iterator[str]:

@@ -40,6 +40,7 @@ class EvaluationSettings:
     max_new_tokens: int = setting(53, "of a response", AT_LEAST_1, unit="tokens")
     against_references: bool = setting(False, "also against the data set's own responses")
     best_of_n: int = setting(0, "at the end: best of n under the ERM; 0: not", NOT_NEGATIVE)
+    best_of_n_always: bool = setting(False, "best of n at every evaluation, not only at the end")
     best_of_n_prompts: int = setting(64, "held-out prompts for it", AT_LEAST_1)
     likelihood_prompts: int = setting(
         128,

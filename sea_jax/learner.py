@@ -40,6 +40,12 @@ class LearnerSettings:
     clip_norm: float = setting(
         1.0, "global gradient norm above which gradients are scaled down", POSITIVE, source="paper, App. F"
     )
+    anchor_decay: float = setting(
+        0.0,
+        "the reference of the loss is the policy's moving average, this share of which stays at a policy step; 0: it is the "
+        "initial policy",
+        BELOW_1,
+    )
     microbatch_size: int = setting(
         8, "pairs whose activations are held at a time; divides data.batch_size", AT_LEAST_1, unit="pairs"
     )
@@ -98,11 +104,32 @@ def schedule(config: LearnerConfig) -> optax.Schedule:
 
 
 def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    """Returns clipping by global norm and AdamW on the schedule."""
-    return optax.chain(
+    """Returns clipping by global norm and AdamW on the schedule; with `anchor_decay`, the average of what they make."""
+    steps = (
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
     )
+    return optax.chain(*steps, averaged(config.anchor_decay)) if config.anchor_decay else optax.chain(*steps)
+
+
+@struct.dataclass
+class Anchor:
+    """A slow average of the policy, which a loss may take for its reference; part of the optimiser's state, as it is saved."""
+
+    average: Params
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Returns what leaves updates as they are and keeps the average decay a + (1 - decay) w of the weights w they make."""
+
+    def init(params: Params) -> Anchor:
+        return Anchor(jax.tree.map(jnp.copy, params))  # a copy: both are donated
+
+    def update(updates: Params, state: Anchor, params: Params | None = None) -> tuple[Params, Anchor]:
+        new = optax.apply_updates(params, updates)
+        return updates, Anchor(jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, new))
+
+    return optax.GradientTransformation(init, update)
 
 
 def init(trained: Params, config: LearnerConfig) -> Learner:
@@ -251,7 +278,7 @@ def update(
     Args:
       learner: its buffers are donated.
       frozen: the frozen part of the parameters.
-      reference: the reference policy's trained part.
+      reference: the reference policy's trained part; with `anchor_decay` the policy's average stands in its place.
       batch: if every weight is 0 the parameters stay as they are.
       loss: with its hyper-parameters bound.
       config: ModelConfig.
@@ -262,6 +289,8 @@ def update(
       gradient_norm (before clipping), learning_rate.
     """
     batch = partition.batches(batch)
+    if learner_config.anchor_decay:
+        reference = learner.opt_state[-1].average
 
     def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Float32[Array, ""]]]:
         return jax.grad(_loss, has_aux=True)(

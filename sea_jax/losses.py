@@ -73,8 +73,58 @@ def simpo(pairs: PairLogps, *, beta: float = 10.0, gamma_over_beta: float = 0.3)
     return -jax.nn.log_sigmoid(beta * (margin - gamma_over_beta))
 
 
+def linear(pairs: PairLogps, *, beta: float = 0.1, nudge: float = 0.03) -> Losses:
+    """Linear in the log-probs: -(log pi(y+) - log pi(y-)) / 2 - nudge (log pi(y+) + log pi(y-)) + beta KL(reference || pi).
+
+    Expected under a label p it is -(p - 1/2) (lp1 - lp2) - nudge (lp1 + lp2) + beta KL, the two orders of a pair in Efficient
+    Exploration at Scale (https://arxiv.org/abs/2603.17378) together; there the reference is a slow average of the policy
+    (`learner.anchor_decay`). The KL is half the squared log-ratio of either response, right to second order: the exact
+    estimate grows as the exponential of a whole response's log-ratio, and one response would make up the gradient.
+
+    Args:
+      pairs: PairLogps.
+      beta: strength of the pull towards the reference policy.
+      nudge: how much either response is made more probable, whoever wins; without it probability leaves all that is seen.
+    """
+    chosen, rejected = pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected
+    divergence = (chosen**2 + rejected**2) / 2
+    return -(pairs.chosen - pairs.rejected) / 2 - nudge * (pairs.chosen + pairs.rejected) + beta * divergence
+
+
+def xpo(pairs: PairLogps, *, labels: Losses, beta: float = 0.1, alpha: float = 5e-6) -> Losses:
+    """Exploratory preference optimization, DPO + alpha log pi(y_ref | x) (https://arxiv.org/abs/2405.21046, Algorithm 1).
+
+    Args:
+      pairs: PairLogps; the second response of each is the reference policy's, y_ref.
+      labels: probability that the first wins.
+      beta: strength of the pull towards the reference policy.
+      alpha: of the optimism.
+    """
+    return expected(partial(dpo, beta=beta), pairs, labels) + alpha * pairs.rejected
+
+
+def selm(pairs: PairLogps, *, beta: float = 0.1, alpha: float = 1e-3) -> Losses:
+    """Self-exploring language models, DPO - alpha beta log[pi(y | x)/pi_ref(y | x)] (https://arxiv.org/abs/2405.19332).
+
+    Args:
+      pairs: PairLogps, of the policy's own responses; y is either of them.
+      beta: strength of the pull towards the reference policy.
+      alpha: of the optimism, which raises the implicit reward of what the policy writes.
+    """
+    own = (pairs.chosen - pairs.reference_chosen + pairs.rejected - pairs.reference_rejected) / 2
+    return dpo(pairs, beta=beta) - alpha * beta * own
+
+
 LABELS = "labels"  # the parameter of a loss that takes labels itself
-LOSSES: Mapping[str, Loss] = {"dpo": dpo, "ipo": ipo, "slic": slic, "simpo": simpo}
+LOSSES: Mapping[str, Loss] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "slic": slic,
+    "simpo": simpo,
+    "linear": linear,
+    "xpo": xpo,
+    "selm": selm,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +142,21 @@ class LossSettings:
         "SimPO's target margin in units of beta; None: its default",
         (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
     )
+    nudge: float | None = setting(
+        None,
+        "how much the linear loss makes both responses more probable; None: its default",
+        (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
+    )
+    alpha: float | None = setting(
+        None,
+        "optimism of xpo and selm; None: the loss's own default",
+        (lambda v: v is None or v >= 0, "0 or more, or None for the loss's own default"),
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "probability with which every label is taken to be the wrong way round (conservative DPO)",
+        (lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5"),
+    )
     length_averaged: bool | None = setting(None, "IPO on length-averaged log-ratios (authors' code)")
 
 
@@ -102,7 +167,21 @@ def build(settings: LossSettings) -> Callable[[PairLogps], Losses]:
       ValueError: there is no such loss, or a hyper-parameter is given that it does not take.
     """
     loss = LOSSES[settings.name] if settings.name in LOSSES else user_function(settings.name, "loss.name")
-    return bind(loss, {name: value for name, value in vars(settings).items() if name != "name"})
+    own = {name: value for name, value in vars(settings).items() if name not in ("name", "label_smoothing")}
+    bound = bind(loss, own)
+    return smoothed(bound, settings.label_smoothing) if settings.label_smoothing else bound
+
+
+def smoothed(loss: Loss, share: float) -> Loss:
+    """Returns the loss expected when labels are the wrong way round with some probability.
+
+    Args:
+      loss: with its hyper-parameters bound.
+      share: that probability.
+    """
+    if LABELS in inspect.signature(loss).parameters:
+        return lambda pairs, *, labels: loss(pairs, labels=(1 - share) * labels + share * (1 - labels))
+    return lambda pairs: (1 - share) * loss(pairs) + share * loss(swap(pairs))
 
 
 def bind(loss: Loss, hyper_parameters: Mapping[str, Any]) -> Callable[[PairLogps], Losses]:
@@ -144,7 +223,7 @@ def swap(pairs: PairLogps) -> PairLogps:
 def expected(loss: Loss, pairs: PairLogps, labels: Float32[Array, " B"]) -> Losses:
     """Returns the loss expected under soft labels: p loss(first over second) + (1 - p) loss(second over first).
 
-    Labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO).
+    Labels in {eps, 1 - eps} are what DPO implementations call label smoothing (conservative DPO), see `smoothed`.
 
     Args:
       loss: with its hyper-parameters bound; one that has a parameter `labels` takes them itself, and is not exchanged.

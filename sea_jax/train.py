@@ -190,7 +190,8 @@ def train_on(
         heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n, (asked, asked_by_command))
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
-            chooser = state.ensemble if state.queries >= config.max_queries else None
+            chooses = config.eval.best_of_n_always or state.queries >= config.max_queries
+            chooser = state.ensemble if chooses else None
             row, samples = evaluation.evaluate(
                 heldout, config.eval, state.learner.trained, int(state.learner.step), state.step, chooser
             )
@@ -335,7 +336,8 @@ def check_answers(unanswered: int, most: int, step: int) -> None:
 
 def policy_steps(config: RunSettings) -> int:
     """Returns how many policy steps the budget will take if every prompt has two different candidates, for the schedule."""
-    burnt, batch = min(config.exploration.burn_in_queries, config.max_queries), config.data.batch_size
+    burnt = min(config.exploration.burn_in_queries, config.max_queries)
+    batch = config.exploration.asked_prompts or config.data.batch_size
     oracle_steps = burnt / batch + (config.max_queries - burnt) / (batch * config.exploration.gamma)
     planned = max(config.max_queries - config.exploration.planning_after_queries, 0) / config.max_queries
     return math.ceil(oracle_steps * (1 + config.exploration.planning_steps * planned))

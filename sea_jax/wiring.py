@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,8 +24,7 @@ from sea_jax.config import RunSettings
 from sea_jax.data.prompts import Batch, Rendered, evaluation_batches, load_prompts
 from sea_jax.ensemble import Ensemble
 from sea_jax.evaluation import JUDGE, ORACLE, Evaluation, Responses
-from sea_jax.methods.online import online
-from sea_jax.methods.sea import sea
+from sea_jax.methods.by_name import METHODS
 from sea_jax.models import decoder, partition
 from sea_jax.oracles import oracle, preferences
 from sea_jax.oracles.asked_once import asked_once
@@ -44,8 +43,6 @@ from sea_jax.types import (
     Prompts,
 )
 
-METHODS: Mapping[str, Callable[[RunSettings], FillSlots]] = {"sea": sea, "online": online}
-
 
 def method(settings: RunSettings) -> FillSlots:
     """Returns how the slots of an agent are filled.
@@ -56,6 +53,10 @@ def method(settings: RunSettings) -> FillSlots:
     name = settings.method
     if name not in METHODS and name.count(":") != 1:
         raise ValueError(f"config.method={name!r}: must be one of {', '.join(METHODS)}, or my_module:my_method")
+    if settings.loss.name == "xpo" and name in METHODS and name != "xpo":
+        raise ValueError(
+            f"config.loss.name=xpo: method={name} has no responses of the reference policy; take method=xpo"
+        )
     build = METHODS[name] if name in METHODS else user_function(name, "method")
     return build(settings)
 

@@ -11,9 +11,11 @@ import ml_collections
 import pytest
 
 import configs
+from configs import quickstart, tldr
 from sea_jax import config as configuration
-from sea_jax import settings
+from sea_jax import settings, wiring
 from sea_jax.config import RunSettings, SftSettings, flatten
+from sea_jax.methods.table import METHODS
 from sea_jax.settings import addresses, user_function
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +117,7 @@ REFUSED = [
     ("exploration.gamma", 0.0, "above 0 and up to 1"),
     ("exploration.gamma", 1.01, "above 0 and up to 1"),
     ("exploration.burn_in_queries", -1, "0 or more"),
+    ("exploration.asked_prompts", -1, "0 or more"),
     ("exploration.erm_share", "some", "one of drawn, fixed"),
     ("exploration.erm_pair", "best", "one of duel, max_margin"),
     ("exploration.erm_label", "soft", "one of head, mean"),
@@ -131,9 +134,12 @@ REFUSED = [
     ("erm.steps", 0, "1 or more"),
     ("erm.batch_size", 0, "1 or more"),
     ("erm.replay_capacity", 0, "1 or more"),
-    ("loss.name", "kto", "one of dpo, ipo, slic, simpo, or my_module:my_function"),
+    ("loss.name", "kto", "one of dpo, ipo, slic, simpo, linear, xpo, selm, or my_module:my_function"),
     ("loss.beta", 0.0, "above 0, or None"),
     ("loss.beta", -0.1, "above 0, or None"),
+    ("loss.nudge", -0.1, "0 or more, or None"),
+    ("loss.alpha", -0.1, "0 or more, or None"),
+    ("loss.label_smoothing", 0.5, "from 0 to below 0.5"),
     ("loss.gamma_over_beta", -0.1, "0 or more, or None"),
     ("learner.learning_rate", 0.0, "above 0"),
     ("learner.warmup_fraction", 1.5, "from 0 to 1"),
@@ -142,6 +148,7 @@ REFUSED = [
     ("learner.b2", -0.1, "from 0"),
     ("learner.weight_decay", -0.1, "0 or more"),
     ("learner.clip_norm", 0.0, "above 0"),
+    ("learner.anchor_decay", 1.0, "from 0 to below 1"),
     ("learner.microbatch_size", 0, "1 or more"),
     ("oracle.kind", "human", "one of embedding, reward_model, remote, or my_module:my_function"),
     ("oracle.scale", -1.0, "0 or more"),
@@ -192,7 +199,7 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything |= {"data.subset", "data.directory", "data.id_field", "data.skip_bad_rows"}
     anything |= {"data.prompt_field", "data.rejected_field"}
     anything |= {"data.chat", "data.system", "erm.trunk", "loss.length_averaged", "learner.remat"}
-    anything |= {"erm.standardise"}
+    anything |= {"erm.standardise", "eval.best_of_n_always"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
     anything |= {"eval.oracle", "eval.judge.encoder", "eval.judge.reward_model"}
     everything = [*settings.walk(RunSettings()), *settings.walk(SftSettings())]
@@ -332,6 +339,18 @@ def test_hyper_parameters_that_are_none_take_a_value_of_their_kind(config):
 def test_the_configurations_that_come_along_are_valid(path):
     config = importlib.import_module(f"configs.{path.stem}").get_config()
     (configuration.resolve_sft if "output" in config else configuration.resolve)(config)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_one_argument_of_a_configuration_that_it_can_take(name):
+    for config in (quickstart.get_config(name), tldr.get_config(f"1b,{name}")):
+        settings = configuration.resolve(config)
+        assert settings.method == name
+        assert settings.name.endswith(f"-{name}")
+        wiring.method(settings)
+    assert set(METHODS) == set(wiring.METHODS)
+    with pytest.raises(ValueError, match=r"^nothing: the methods are sea, dyna"):
+        quickstart.get_config("nothing")
 
 
 def test_flatten():

@@ -123,6 +123,24 @@ def test_the_step_is_adams():
     assert_trees_close(state.trained, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_anchor_is_the_average_of_what_the_steps_made_and_stands_for_the_reference():
+    config = dataclasses.replace(PLAIN, anchor_decay=0.75)
+    first, report = update(batch(), config)
+    assert float(report["loss"]) == pytest.approx(np.log(2), rel=1e-5)  # the policy is its own anchor at first
+    kept = jax.tree.map(np.asarray, first)
+    assert_trees_close(
+        kept.opt_state[-1].average, jax.tree.map(lambda a, w: 0.75 * a + 0.25 * w, policy(), kept.trained), rtol=1e-5
+    )
+    _, then = update(batch(), config, state=first)
+    _, expected = update(
+        batch(),
+        state=Learner(kept.trained, kept.opt_state[:-1], kept.step),
+        reference_policy=kept.opt_state[-1].average,
+    )
+    assert float(then["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert float(then["loss"]) < np.log(2) - 1e-4
+
+
 def test_what_is_reported():
     _, report = update(batch())
     tokens, predicts = sequences(batch())

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sea_jax import losses
+from sea_jax.losses import LossSettings
 from sea_jax.types import Array, PairLogps
 
 # First pair:  log-ratios 1 and -1, h = 2; log-probs per token -4/4 = -1 and -6/3 = -2.
@@ -36,6 +37,8 @@ def test_log_ratio_margin():
 # IPO by length: (1/4 + 1/3 - 2.5)^2 = 3.673611; (-1/2 - 2/5 - 2.5)^2 = 11.56.
 # SLiC: 1 - 0.2 * 2 = 0.6; 1 + 0.2 * 3 = 1.6.
 # SimPO: margin 1, log(1 + exp(-10 (1 - 0.3))) = 0.000911466; margin 0.1, log(1 + exp(-10 (0.1 - 0.3))) = 2.126928.
+# Linear: -(2)/2 + 0.03 * 10 + 0.1 (1 + 1)/2 = -0.6; -(5)/2 + 0.03 * 11 + 0.1 (1 + 4)/2 = -1.92.
+# SELM: DPO - 0.5 * 0.1 * (1 - 1)/2; DPO - 0.5 * 0.1 * (-1 + 2)/2. XPO: DPO - 0.5 * 6; DPO - 0.5 * 8.
 @pytest.mark.parametrize(
     ("loss", "hyper_parameters", "values"),
     [
@@ -46,6 +49,10 @@ def test_log_ratio_margin():
         (losses.ipo, {"beta": 0.5}, [1.0, 16.0]),
         (losses.slic, {}, [0.6, 1.6]),
         (losses.slic, {"beta": 1.0}, [0.0, 4.0]),
+        (losses.linear, {}, [-0.6, -1.92]),
+        (losses.linear, {"beta": 0.5, "nudge": 0.0}, [-0.5, -1.25]),
+        (losses.selm, {"alpha": 0.5}, [0.598139, 0.829355]),
+        (losses.xpo, {"alpha": 0.5, "labels": jnp.ones(2)}, [-2.401861, -3.145645]),
         (losses.simpo, {}, [0.000911466, 2.126928]),
         (losses.simpo, {"beta": 2.0, "gamma_over_beta": 0.0}, [softplus(-2.0), softplus(-0.2)]),
     ],
@@ -54,7 +61,10 @@ def test_values_by_hand(loss, hyper_parameters, values):
     np.testing.assert_allclose(loss(PAIRS, **hyper_parameters), values, rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+OF_A_PREFERENCE = [name for name in losses.LOSSES if name != "xpo"]  # whose second response is the reference's
+
+
+@pytest.mark.parametrize("name", OF_A_PREFERENCE)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_expected_weighs_both_outcomes(name, p):
     loss = losses.LOSSES[name]
@@ -89,6 +99,24 @@ def test_what_a_hard_label_does_not_ask_for_may_be_infinite_and_so_may_its_gradi
     np.testing.assert_allclose(gradient, [0, -0.75 / np.e + 0.25 * np.e], rtol=1e-6, atol=1e-30)
 
 
+def test_the_linear_loss_of_a_soft_label_is_the_one_printed():
+    # p = 0.7: -0.2 * 2 + 0.3 + 0.1 = 0; -0.2 * 5 + 0.33 + 0.25 = -0.42.
+    np.testing.assert_allclose(
+        losses.expected(losses.linear, PAIRS, jnp.full(2, 0.7)), [0.0, -0.42], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_label_smoothing_is_the_loss_under_flipped_labels():
+    # 0.9 * 0.598139 + 0.1 * 0.798139; 0.9 * 0.854355 + 0.1 * 0.554355; XPO adds half of -6 and of -8.
+    smooth = losses.build(LossSettings(label_smoothing=0.1))
+    np.testing.assert_allclose(losses.expected(smooth, PAIRS, jnp.ones(2)), [0.618139, 0.824355], rtol=2e-6)
+    np.testing.assert_allclose(
+        losses.expected(smooth, losses.swap(PAIRS), jnp.zeros(2)), [0.618139, 0.824355], rtol=2e-6
+    )
+    optimistic = losses.build(LossSettings(name="xpo", alpha=0.5, label_smoothing=0.1))
+    np.testing.assert_allclose(losses.expected(optimistic, PAIRS, jnp.ones(2)), [-2.381861, -3.175645], rtol=2e-6)
+
+
 def logps() -> st.SearchStrategy[Array]:
     """Log-probs of three responses."""
     return st.lists(st.floats(-40, 0, width=32), min_size=3, max_size=3).map(jnp.array)
@@ -100,7 +128,7 @@ def pairs() -> st.SearchStrategy[PairLogps]:
     return st.builds(PairLogps, logps(), logps(), logps(), logps(), lengths, lengths)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", OF_A_PREFERENCE)
 @given(pairs=pairs(), label=st.floats(0, 1, width=32))
 def test_which_response_is_named_first_does_not_matter(name, pairs, label):
     loss, labels = losses.LOSSES[name], jnp.full(3, label)

@@ -42,7 +42,7 @@ class ActorSettings:
     urls: str = setting("", "bridge: the policy servers, separated by commas; they share the prompts", URLS)
     sync_every: int = setting(
         1,
-        "bridge: policy steps after which the servers are given the weights again, for training",
+        "policy steps after which who writes is given the weights again, for training",
         AT_LEAST_1,
         unit="policy steps",
     )

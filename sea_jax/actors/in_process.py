@@ -1,7 +1,7 @@
 """Who writes the responses: the policy itself, in this process, or servers that are given its weights."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,15 @@ from sea_jax.models.config import ModelConfig
 from sea_jax.types import Candidates, Generate, Params, Prompts, Respond
 
 
-def kept(generate: Generate, journal: Journal) -> Respond:
+def kept(generate: Generate, journal: Journal, newest: Callable[[Params, int], tuple[Params, int]]) -> Respond:
     """Answers every batch when it is asked to, from the journal where it can, and has nothing to say of it.
 
     Devices of another kind would round otherwise and write other responses than those that were paid for.
+
+    Args:
+      generate: who writes.
+      journal: of what was written.
+      newest: weights and their version -> those that are to write.
     """
 
     def respond(
@@ -30,8 +35,9 @@ def kept(generate: Generate, journal: Journal) -> Respond:
         written = journal.find(number, name)
         if written is not None:
             return _WHOLE(written.candidates), {}
-        candidates = generate(trained, prompts, key, version)
-        journal.record(number, Written(candidates, version, logprob_gap=0.0), name)
+        weights, of_version = newest(trained, version)
+        candidates = generate(weights, prompts, key, of_version)
+        journal.record(number, Written(candidates, of_version, logprob_gap=0.0), name)
         return candidates, {}
 
     return respond

@@ -50,6 +50,34 @@ def resumable(version: int, sync_every: int) -> bool:
     return version % sync_every == 0 or version < sync_every
 
 
+class SyncedWeights:
+    """The weights with which responses are written: those of the last multiple of `sync_every` policy steps."""
+
+    def __init__(self, initial: Params, sync_every: int) -> None:
+        """Begins with the initial policy's.
+
+        Args:
+          initial: the trained part of its parameters.
+          sync_every: policy steps; above 1 a copy of the weights is kept.
+        """
+        self._held, self._sync_every = (initial, 0), sync_every
+
+    def newest(self, trained: Params, version: int) -> tuple[Params, int]:
+        """Returns the weights that write, and their version.
+
+        Args:
+          trained: the newest there are.
+          version: how many policy steps made them.
+        """
+        if self._sync_every == 1:
+            return trained, version
+        newest = version - version % self._sync_every
+        if self._held[1] != newest:
+            assert version == newest, "a run goes on where `resumable` says"
+            self._held = jax.tree.map(jnp.copy, trained), version
+        return self._held
+
+
 class EngineResponder:
     """Answers batch after batch, from the journal where it can.
 
@@ -79,8 +107,8 @@ class EngineResponder:
           next_batch: number of a batch -> its prompts and the key that it is answered with; None: nothing is written ahead.
         """
         self._generate, self._logprobs, self._journal = generate, logprobs, journal
-        self._max_logprob_gap, self._sync_every, self._next_batch = max_logprob_gap, sync_every, next_batch
-        self._held = initial, 0
+        self._max_logprob_gap, self._next_batch = max_logprob_gap, next_batch
+        self._synced = SyncedWeights(initial, sync_every)
         self._pending: tuple[int, Prompts, Params, int, Future[Candidates]] | None = None
 
     def __enter__(self) -> Self:
@@ -111,7 +139,9 @@ class EngineResponder:
           ValueError: the learner and whoever wrote the responses disagree on their log-probs.
         """
         self.settle()
-        weights, of_version = self._newest(trained, version)  # whatever the journal holds: the next batch may need them
+        weights, of_version = self._synced.newest(
+            trained, version
+        )  # whatever the journal holds: the next batch may need them
         written = self._journal.find(number)
         if written is None:
             written = self._compare(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
@@ -124,16 +154,6 @@ class EngineResponder:
             self._pending = (number + 1, following, weights, of_version, future)
         staleness = version - written.version
         return written.candidates, {"actor/staleness": staleness, "actor/logprob_gap": written.logprob_gap}
-
-    def _newest(self, trained: Params, version: int) -> tuple[Params, int]:
-        """The weights of the last multiple of `sync_every`, and their version."""
-        if self._sync_every == 1:
-            return trained, version
-        newest = version - version % self._sync_every
-        if self._held[1] != newest:
-            assert version == newest, "a run goes on where `resumable` says"
-            self._held = jax.tree.map(jnp.copy, trained), version
-        return self._held
 
     def settle(self) -> None:
         """Returns when what is being written ahead is on disk; a checkpoint must not be saved before."""
@@ -196,7 +216,8 @@ def open_responder(
     """
     journal = Journal(directory, checkpoints_kept)
     if settings.kind == "in_process":
-        yield Responder(kept(generate, journal), lambda: None, journal.checkpointed)
+        newest = SyncedWeights(initial, settings.sync_every).newest
+        yield Responder(kept(generate, journal, newest), lambda: None, journal.checkpointed)
         return
     if settings.lag and jax.process_count() > 1:
         raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")

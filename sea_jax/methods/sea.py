@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from sea_jax import sampling
 from sea_jax.agent import Agent, Assign, Assignment, ExplorationSettings, FillSlots, Planning, Proposal
 from sea_jax.config import RunSettings
+from sea_jax.methods.limits import check, exactly
 from sea_jax.policy import Policy
+from sea_jax.settings import Check
 from sea_jax.types import Array, Duel
 
 
 def sea(settings: RunSettings) -> FillSlots:
     """Algorithm 2 with any duel rule, and policy steps in between that only the ERM labels (Dyna)."""
+    check(settings, "asks about every prompt", {"exploration.asked_prompts": exactly(0)})
     exploration = settings.exploration
     rule = sampling.build(exploration.rule, exploration.width)
 
@@ -28,6 +31,13 @@ def sea(settings: RunSettings) -> FillSlots:
         )
 
     return fill
+
+
+def dyna(settings: RunSettings) -> FillSlots:
+    """Planning in place of mixing: the oracle labels every duel, and the ERM the policy steps behind it (SEA paper, App. C)."""
+    steps: Check = (lambda v: v > 0, "1 or more")
+    check(settings, "plans", {"exploration.gamma": exactly(1), "exploration.planning_steps": steps})
+    return sea(settings)
 
 
 def planner(agent: Agent) -> Agent:

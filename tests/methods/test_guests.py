@@ -1,24 +1,24 @@
-"""Methods that a user could bring, each a function of the settings: what they need of the step that SEA does not."""
+"""Methods that a test watches or brings, each a function of the settings: what they need of the step that SEA does not."""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import ensemble, learner, losses, sampling, train
+from sea_jax import ensemble, learner, train
 from sea_jax.agent import Agent, Experience, FillSlots
 from sea_jax.config import RunSettings
 from sea_jax.learner import Learner
+from sea_jax.methods.apl import apl
+from sea_jax.methods.xpo import xpo
 from sea_jax.policy import Policy
-from sea_jax.types import Array, Candidates, Duel, PairLogps, Params, Prompts
+from sea_jax.types import Array, Candidates, Duel, Params, Prompts
 
 SEEN: list[dict[str, Any]] = []  # what the guest of the running test noted
 
@@ -36,40 +36,43 @@ def run(workdir: Path, method: Callable[..., Any], **fields: Any) -> list[dict[s
     return [json.loads(line) for line in (workdir / "queries.jsonl").read_text().splitlines()]
 
 
-# ---- APL (https://arxiv.org/abs/2402.08114): prompts by predictive entropy, the pair by the implicit reward
+# ---- APL, watched: prompts by predictive entropy, the pair by the implicit reward
 
 
-def most_uncertain(rewards: Array, distinct: Array, key: Array, *, logprobs: Array) -> Array:
-    entropy = -logprobs.mean(-1)
-    _, rows = jax.lax.top_k(entropy, 2)
-    SEEN.append({"logprobs": np.asarray(logprobs), "rows": np.asarray(rows)})
-    return rows
+def watched_apl(settings: RunSettings) -> FillSlots:
+    fill = apl(settings)
 
-
-def largest_implicit_gap(
-    rewards: Array, distinct: Array, key: Array, *, logprobs: Array, reference_logprobs: Array
-) -> Duel:
-    implicit = logprobs - reference_logprobs
-    duel = sampling.best_pair(implicit[:, :, None] - implicit[:, None, :], distinct)
-    SEEN[-1] |= {"chosen_from": np.asarray(implicit), "distinct": np.asarray(distinct), "duel": duel}
-    return duel
-
-
-def apl(settings: RunSettings) -> FillSlots:
-    def fill(agent: Agent, policy: Policy) -> Agent:
+    def watched(agent: Agent, policy: Policy) -> Agent:
         def compared(trained: Params, prompts: Prompts, candidates: Candidates) -> tuple[Array, Array]:
             own, reference = agent.logprobs(trained, prompts, candidates)
             np.testing.assert_allclose(own, candidates.logprobs.sum(-1), atol=1e-3)  # the policy wrote them
             return own, reference
 
-        return replace(agent, logprobs=compared, select=most_uncertain, rule=largest_implicit_gap, learn_rewards=None)
+        filled = fill(replace(agent, logprobs=compared), policy)
+        select, rule = filled.select, filled.rule
+        assert select is not None
 
-    return fill
+        def most_uncertain(rewards: Array, distinct: Array, key: Array, *, logprobs: Array) -> Array:
+            rows = select(rewards, distinct, key, logprobs=logprobs)
+            SEEN.append({"logprobs": np.asarray(logprobs), "rows": np.asarray(rows)})
+            return rows
+
+        def widest_gap(
+            rewards: Array, distinct: Array, key: Array, *, logprobs: Array, reference_logprobs: Array
+        ) -> Duel:
+            duel = rule(rewards, distinct, key, logprobs=logprobs, reference_logprobs=reference_logprobs)
+            implicit = np.asarray(logprobs - reference_logprobs)
+            SEEN[-1] |= {"chosen_from": implicit, "distinct": np.asarray(distinct), "duel": duel}
+            return duel
+
+        return replace(filled, select=most_uncertain, rule=widest_gap)
+
+    return watched
 
 
 @pytest.mark.slow
 def test_apl_asks_about_two_of_four_prompts_and_the_widest_implicit_gap(tmp_path: Path) -> None:
-    lines = run(tmp_path, apl)
+    lines = run(tmp_path, watched_apl, exploration__rule="passive", exploration__asked_prompts=2)
     asks = [line for line in lines if line["event"] == "ask"]
     assert len(asks) == 8
     assert len(SEEN) == 4  # steps of two queries each
@@ -84,41 +87,34 @@ def test_apl_asks_about_two_of_four_prompts_and_the_widest_implicit_gap(tmp_path
     assert np.abs(SEEN[-1]["chosen_from"]).max() > 1e-3
 
 
-# ---- XPO (https://arxiv.org/abs/2405.21046): a term on samples of the reference
+# ---- XPO, watched: the policy's response against the reference's, with a term on the latter
 
 
-def xpo_loss(pairs: PairLogps, *, labels: Array, beta: float = 0.1, alpha: float = 0.5) -> Array:
-    return losses.expected(partial(losses.dpo, beta=beta), pairs, labels) + alpha * pairs.rejected
+def watched_xpo(settings: RunSettings) -> FillSlots:
+    fill = xpo(settings)
 
-
-def policy_against_reference(rewards: Array, distinct: Array, key: Array) -> Duel:
-    first = jnp.zeros(distinct.shape[0], jnp.int32)
-    from_reference = distinct[:, 0].at[:, : distinct.shape[1] // 2].set(False)
-    return Duel(first=first, second=from_reference.argmax(-1).astype(jnp.int32))
-
-
-def xpo(settings: RunSettings) -> FillSlots:
-    def fill(agent: Agent, policy: Policy) -> Agent:
+    def watched(agent: Agent, policy: Policy) -> Agent:
         def respond(number: int, trained: Params, prompts: Prompts, key: Array, version: int) -> Any:
-            own, row = agent.respond(number, trained, prompts, key, version)
-            reference, _ = agent.respond(number, policy.reference, prompts, jax.random.fold_in(key, 1), 0)
-            SEEN.append({"reference": agent.texts(reference)})
-            return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), own, reference), row
+            candidates, row = agent.respond(number, trained, prompts, key, version)
+            if trained is policy.reference:
+                SEEN.append({"reference": agent.texts(candidates)})
+            return candidates, row
 
-        return replace(agent, respond=respond, rule=policy_against_reference, learn_rewards=None)
+        return fill(replace(agent, respond=respond), policy)
 
-    return fill
+    return watched
 
 
 @pytest.mark.slow
 def test_xpo_learns_from_samples_of_the_reference(tmp_path: Path) -> None:
-    lines = run(tmp_path / "with", xpo, loss__name=f"{__name__}:xpo_loss")
+    named = {"exploration__rule": "passive", "loss__name": "xpo"}
+    lines = run(tmp_path / "with", watched_xpo, **named, loss__alpha=0.5)
     asks = [line for line in lines if line["event"] == "ask"]
     assert len(asks) == 8
     for ask in asks:
         step, row = map(int, ask["key"].split("-"))
         assert ask["second"] in SEEN[step]["reference"][row]
-    run(tmp_path / "without", xpo)
+    run(tmp_path / "without", watched_xpo, **named, loss__alpha=0.0)
     optimistic, plain = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("with", "without")

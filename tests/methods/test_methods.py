@@ -1,6 +1,7 @@
 """What every method has in common: it is named in the configuration, and says what it cannot take before anything is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "ppo"}, r"config\.method='ppo': must be one of sea, online, or my_module:my_method"),
+        (
+            {"method": "ppo"},
+            r"config\.method='ppo': must be one of sea, dyna, .*, or my_module:my_method",
+        ),
         ({"method": "mine:nothing"}, r"config\.method=mine:nothing: No module named 'mine'"),
         (
             {"method": "online", "exploration__rule": "bai_ts", "exploration__gamma": 0.5, "eval__best_of_n": 2},
@@ -123,3 +127,44 @@ def test_an_oracle_that_never_answers_is_not_asked_for_ever_though_the_ensemble_
     ledger = lines(tmp_path / "queries.jsonl")
     assert not [line for line in ledger if line.get("counted")]
     assert [line for line in ledger if line.get("labeller") == "erm"]
+
+
+@pytest.mark.slow
+def test_information_directed_goes_on_where_it_was_with_its_anchor(tmp_path):
+    """The policy never sees an oracle's label; without the average in the checkpoint the last steps would be others."""
+    own = {"exploration__rule": "infomax", "exploration__planning_steps": 1, "exploration__planning_after_queries": 0}
+    fields = {"method": "information_directed", "loss__name": "linear", "learner__anchor_decay": 0.5, **own}
+
+    def configuration() -> Any:
+        return configured(**fields, oracle__label="bradley_terry", checkpoint__every_steps=1, checkpoint__keep=9)
+
+    train.train(configuration(), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in (tmp_path / "again" / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > 1:
+            shutil.rmtree(path)
+    train.train(configuration(), tmp_path / "again")
+
+    def numbers(name: str) -> list[dict[str, float]]:
+        rows = lines(tmp_path / name / "metrics.jsonl")
+        return [{key: value for key, value in row.items() if not key.endswith("_time")} for row in rows]
+
+    assert numbers("whole") == numbers("again")
+    assert numbers("whole")[-1]["misc/gradient_steps"] == 2 * (len(numbers("whole")) - 1) == 4
+    ledger = lines(tmp_path / "whole" / "queries.jsonl")
+    assert sum(line["event"] == "label" and line["counted"] for line in ledger) == 8
+
+
+@pytest.mark.slow
+def test_an_iterative_run_writes_with_weights_some_steps_old(tmp_path):
+    """The policy moves at every step, and who writes only at every second: up to it, all is as of the offline run."""
+    common = {"exploration__rule": "passive", "oracle__label": "bradley_terry", "learner__learning_rate": 0.05}
+    train.train(configured(method="offline", max_queries=12, **common), tmp_path / "offline")
+    train.train(configured(method="iterative", max_queries=12, actor__sync_every=2, **common), tmp_path / "iterative")
+    asks = [
+        {line["key"]: line["first"] for line in lines(tmp_path / name / "queries.jsonl") if line["event"] == "ask"}
+        for name in ("offline", "iterative")
+    ]
+    same = {key: asks[1][key] == text for key, text in asks[0].items() if key in asks[1]}
+    assert all(equal for key, equal in same.items() if key.split("-")[0] in ("0", "1"))
+    assert not all(equal for key, equal in same.items() if key.split("-")[0] == "2")
