@@ -69,7 +69,8 @@ class Journal:
         Raises:
           OSError: the disk is full or gone.
         """
-        fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
+        there = {name: value for name, value in vars(written.candidates).items() if value is not None}
+        fields: dict[str, Any] = {name: np.asarray(value) for name, value in there.items()}
         about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
         content = io.BytesIO()
         np.savez(content, about=np.array(about), **fields)
