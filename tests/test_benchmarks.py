@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agreement, growth, machine, peers, step, work
+from benchmarks import agreement, growth, machine, step, work
 from benchmarks.inputs import Inputs, Settings
 from benchmarks.jax_step import JaxStep
 from benchmarks.torch_step import TorchStep
@@ -159,29 +159,6 @@ def test_the_limit_of_features_in_half_precision_grows_with_the_layers_they_pass
     limits = [agreement.tolerances(replace(half, feature_layer=layers)).feature for layers in (1, 4)]
     assert limits == pytest.approx([20**0.5 / 512, 80**0.5 / 512])
     assert agreement.tolerances(SIZES).feature == 1e-3
-
-
-class Answering:
-    """A side that is not there."""
-
-    def __init__(self, seconds: float, **found: float):
-        self.seconds, self.found, self.acts = seconds, found, sorted(found)
-
-    def __call__(self, act: str, number: int = 0) -> tuple[float, np.ndarray]:
-        return self.seconds, np.array(self.found[act])
-
-
-def test_peers_are_compared_before_they_are_timed_and_ratios_are_theirs_over_ours():
-    own = Answering(0.5, greedy=3, loss=0.69, heads=1.0, responses=0)
-    other = Answering(1.5, greedy=3, loss=0.69005, responses=0)
-    lines = peers.assert_equal({"ours": own, "other": other}, "float32")
-    assert lines == ["greedy, other: differs by 0.0e+00", "loss, other: differs by 5.0e-05"]
-    with pytest.raises(AssertionError, match="loss, other: differs by"):
-        peers.assert_equal({"ours": own, "other": Answering(1, loss=0.7)}, "float32")
-    with pytest.raises(AssertionError, match="greedy, other: differs by 1"):
-        peers.assert_equal({"ours": own, "other": Answering(1, greedy=4)}, "float32")
-    table = peers.table(peers.measured({"ours": own, "other": other}, rounds=2))
-    assert "| responses | other | 1.5 (1.5-1.5) | 3 (3-3) |" in table
 
 
 def test_slopes_of_growth():

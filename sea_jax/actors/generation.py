@@ -344,6 +344,9 @@ def generate(
             caches=caches,
         )
 
+    def go_on(smaller: int, state: _State) -> Bool[Array, ""]:
+        return (state.step < max_new_tokens) & (jnp.sum(~state.done) > smaller)
+
     shape = (num_prompts, num_samples)
     start = _State(
         step=jnp.zeros((), jnp.int32),
@@ -359,16 +362,12 @@ def generate(
     end, computed = start, sizes(num_prompts * num_samples)
     for size, smaller in zip(computed, [*computed[1:], 0], strict=True):
         active = None if size == computed[0] else packing.choose(~end.done.reshape(-1), size)
-        end = jax.lax.while_loop(
-            lambda state, smaller=smaller: (state.step < max_new_tokens) & (jnp.sum(~state.done) > smaller),
-            partial(write, active),
-            end,
-        )
+        end = jax.lax.while_loop(partial(go_on, smaller), partial(write, active), end)
     candidates = Candidates(
         tokens=end.tokens,
         lengths=end.lengths,
         logprobs=end.logprobs,
         features=end.feature_sum / jnp.maximum(end.lengths, 1)[..., None],
-        frozen=FrozenStates(frozen_prompt, end.frozen) if kept_stacks else None,
+        frozen=None if end.frozen is None else FrozenStates(frozen_prompt, end.frozen),
     )
     return partition.whole(candidates)

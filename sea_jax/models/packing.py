@@ -8,7 +8,6 @@ from jaxtyping import Bool, Int32, Shaped
 from sea_jax.models import partition
 from sea_jax.types import Array
 
-
 GRAIN = 8  # sizes are multiples of an eighth of all rows: a few programs, whatever the lengths are
 
 

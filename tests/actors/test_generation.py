@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -230,7 +231,7 @@ def test_rows_that_have_ended_are_left_out_and_nothing_else_changes(params, prom
     assert generation.sizes(36) == [36, 18]
     fewer = generate(params, prompts, sampling, seed=2)
     monkeypatch.setattr(generation, "sizes", lambda num_rows: [num_rows])
-    traced_anew = jax.jit(generation.generate.__wrapped__, static_argnames=("config", "sampling"))
+    traced_anew = jax.jit(inspect.unwrap(generation.generate), static_argnames=("config", "sampling"))
     every = traced_anew(params, prompts, jax.random.key(2), config=tiny.CONFIG, sampling=sampling)
     ends = np.sort(np.asarray(every.lengths), axis=None)
     assert ends[18] < ends[-1]  # it came to that
@@ -355,11 +356,14 @@ def test_temperature_0_takes_the_most_probable_token():
 def test_prompts_that_come_again_are_read_once_and_answered_alike(params, prompts, monkeypatch):
     frozen, trained = decoder.divide(params, 1)
     sampling = dataclasses.replace(SAMPLED, frozen_stacks=1)
-    reads = []
+    reads: list[int] = []
     original = generation.read_prompts
-    monkeypatch.setattr(
-        generation, "read_prompts", lambda *args, **kwargs: reads.append(1) or original(*args, **kwargs)
-    )
+
+    def counted(*args: Any, **kwargs: Any) -> generation.ReadPrompts:
+        reads.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "read_prompts", counted)
     at_once, again = (in_process(frozen, tiny.CONFIG, sampling, again=again) for again in (False, True))
     expected = at_once(trained, prompts, jax.random.key(0), 0)
     assert not reads
