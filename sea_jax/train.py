@@ -153,6 +153,7 @@ def train_on(
                 loss=loss,
                 config=policy.config,
                 learner_config=learner_config,
+                rows=learner.count_rows(pairs.prompts, pairs.tokens, pairs.lengths, learner_config.microbatch_size),
             ),
             max_queries=config.max_queries,
             standardise=config.erm.standardise,

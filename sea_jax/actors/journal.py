@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sea_jax.runtime import files, processes
-from sea_jax.types import Candidates
+from sea_jax.types import Candidates, FrozenStates
 
 KEPT = "the responses that are kept"
+FROZEN = "frozen."  # before the names of what the frozen layers made
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,15 @@ class Journal:
             return None
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             about = json.loads(str(stored["about"]))
-            fields = {name: jnp.asarray(stored[name]) for name in stored.files if name != "about"}
-        return Written(Candidates(**fields), about["version"], about["logprob_gap"])
+            dtypes = about.get("dtypes", {})  # NumPy reads a bfloat16 as bytes that mean nothing
+            arrays = {name: stored[name] for name in stored.files if name != "about"}
+        fields: dict[str, Any] = {
+            name: jnp.asarray(array.view(jnp.dtype(dtypes[name])) if name in dtypes else array)
+            for name, array in arrays.items()
+        }
+        states = {name.removeprefix(FROZEN): fields.pop(name) for name in arrays if name.startswith(FROZEN)}
+        frozen = FrozenStates(**states) if states else None
+        return Written(Candidates(**fields, frozen=frozen), about["version"], about["logprob_gap"])
 
     def record(self, number: int, written: Written, name: str = "") -> None:
         """Writes the responses to the batch of a number, under a name, and returns when they are on disk.
@@ -69,8 +77,13 @@ class Journal:
         Raises:
           OSError: the disk is full or gone.
         """
-        fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
-        about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
+        parts = dict(vars(written.candidates))
+        frozen = parts.pop("frozen")
+        if frozen is not None:
+            parts |= {FROZEN + name: value for name, value in vars(frozen).items()}
+        fields: dict[str, Any] = {name: np.asarray(value) for name, value in parts.items()}
+        dtypes = {name: str(value.dtype) for name, value in fields.items()}
+        about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap, "dtypes": dtypes})
         content = io.BytesIO()
         np.savez(content, about=np.array(about), **fields)
         path = self._path(number, name)

@@ -54,7 +54,7 @@ def asked_once(preference: Preference, labeller: str, ledger: Ledger, others: Se
         keys = list(rows_of)
         if not keys:
             return
-        entries: list[dict[str, Any]] = [{"key": key, "labeller": labeller, "digest": key[-32:]} for key in keys]
+        entries: list[dict[str, Any]] = [{"key": key, "digest": key[-32:]} for key in keys]
         processes.together(lambda: ledger.ask(entries), "the ledger of evaluations")
         asked = [rows_of[key][0] for key in keys]
         shown, shown_first, shown_second = ([texts[row] for row in asked] for texts in (prompts, first, second))
@@ -63,7 +63,8 @@ def asked_once(preference: Preference, labeller: str, ledger: Ledger, others: Se
         for numbers, probabilities in answers(preference, shown, shown_first, shown_second, in_order):
             new = dict(zip(numbers.tolist(), probabilities.tolist(), strict=True))
             lines = [
-                entries[number] | {"probability": probability, "label": probability, "counted": False}
+                entries[number]
+                | {"labeller": labeller, "probability": probability, "label": probability, "counted": False}
                 for number, probability in new.items()
             ]
             processes.together(lambda lines=lines: ledger.record(lines), "the ledger of evaluations")  # type: ignore[misc]

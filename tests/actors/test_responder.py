@@ -12,8 +12,8 @@ import pytest
 
 from sea_jax.actors.in_process import kept
 from sea_jax.actors.journal import Journal, Written
-from sea_jax.actors.responder import EngineResponder, resumable
-from sea_jax.types import Array, Candidates, Params, Prompts
+from sea_jax.actors.responder import EngineResponder, SyncedWeights, resumable
+from sea_jax.types import Array, Candidates, FrozenStates, Params, Prompts
 
 SHAPE = (2, 3, 4)  # B, M, T
 
@@ -205,8 +205,9 @@ def test_what_no_checkpoint_comes_past_again_is_forgotten(tmp_path: Path) -> Non
 
 def test_what_was_written_in_this_process_is_kept_for_each_key(tmp_path: Path) -> None:
     writer = Writer()
-    first = kept(writer, Journal(tmp_path, 1))(0, INITIAL, prompts(0), key(0), 0)[0]
-    respond = kept(writer, Journal(tmp_path, 1))
+    newest = SyncedWeights(INITIAL, 1).newest
+    first = kept(writer, Journal(tmp_path, 1), newest)(0, INITIAL, prompts(0), key(0), 0)[0]
+    respond = kept(writer, Journal(tmp_path, 1), newest)
     again, other = (respond(0, INITIAL, prompts(0), key(number), 0)[0] for number in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert len(writer.asked) == 2
@@ -215,6 +216,20 @@ def test_what_was_written_in_this_process_is_kept_for_each_key(tmp_path: Path) -
     for batches in (1, 2, 3):
         journal.checkpointed(batches)
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_frozen_layers_made_is_kept_bit_for_bit(dtype: str, tmp_path: Path) -> None:
+    states = jax.random.normal(key(0), (2, 3, 4, 5), dtype)
+    tokens = jnp.zeros((2, 3, 4), jnp.int32)
+    frozen = FrozenStates(states[:, 0], states)
+    written = Candidates(tokens, tokens[..., 0], jnp.zeros(tokens.shape), jnp.zeros((2, 3, 0)), frozen)
+    Journal(tmp_path, 1).record(0, Written(written, version=3, logprob_gap=0.0))
+    found = Journal(tmp_path, 1).find(0)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found.candidates, written)
+    assert found.candidates.frozen is not None
+    assert found.candidates.frozen.responses.dtype == dtype
 
 
 def test_a_torn_file_is_not_taken_for_responses(tmp_path: Path) -> None:
