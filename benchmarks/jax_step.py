@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.inputs import Inputs, Settings
 from sea_jax import ensemble, features, learner, losses
 from sea_jax.actors import generation
-from sea_jax.actors.generation import GenerationConfig
+from sea_jax.actors.generation import GenerationConfig, SamplingSettings
+from sea_jax.actors.texts import texts_of
 from sea_jax.ensemble import EnsembleSettings
 from sea_jax.learner import LearnerConfig
 from sea_jax.models import decoder
@@ -43,7 +44,7 @@ class JaxStep:
         )
         self.prompts = Prompts(jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid))
         self.sampling = sampling_config(settings, self.policy)
-        self.texts = generation.texts_of(self.policy.tokenizer)
+        self.texts = texts_of(self.policy.tokenizer, SamplingSettings())
         self.featurize = features.of_reference(
             self.policy.reference,
             self.policy.config,

@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.bucket = 64
     config.data.heldout_fraction = 0.15
     config.data.near_duplicate_share = 1 / 3
+    config.data.special_tokens = "tokens"  # one docstring has <filename>
     config.data.batch_size = 8
 
     config.learner.learning_rate = 1e-4

@@ -168,6 +168,7 @@ class PolicyClient:
         num_samples: int,
         max_new_tokens: int,
         eos_ids: Sequence[int],
+        absent_ids: Sequence[int],
         vocab_size: int,
         temperature: float,
         top_k: int,
@@ -183,6 +184,7 @@ class PolicyClient:
             top_p=top_p,
             seeds=[0],
             eos_ids=list(eos_ids),
+            absent_ids=list(absent_ids) or None,
         )
 
         def ask(url: str, rows: Sequence[tuple[Sequence[int], int]]) -> list[list[Response]]:
@@ -195,7 +197,7 @@ class PolicyClient:
                 raise OtherVersion(f"{url} wrote with version {answer.version}, asked for is {version}")
             try:
                 answer.check(request)
-                check_responses(answer.responses, request.eos_ids, vocab_size)
+                check_responses(answer.responses, request.eos_ids, vocab_size, absent_ids)
             except ProtocolError as error:
                 raise Unavailable(f"{url} answered garbage ({error})") from error
             return answer.responses
@@ -247,13 +249,17 @@ class OracleClient:
         return np.array(share(self._servers, inputs, ask, self._batch_size), np.float64)
 
 
-def check_responses(rows: Sequence[Sequence[Response]], eos_ids: Sequence[int], vocab_size: int) -> None:
+def check_responses(
+    rows: Sequence[Sequence[Response]], eos_ids: Sequence[int], vocab_size: int, absent_ids: Sequence[int]
+) -> None:
     """Raises ProtocolError for responses that no model with this vocabulary can have written."""
     for response in (response for row in rows for response in row):
         if max(response.tokens) >= vocab_size:
             raise ProtocolError(
                 f"tokens: {max(response.tokens)} is none of the {vocab_size} of the policy's vocabulary; is it the same model?"
             )
+        if drawn := set(response.tokens).intersection(absent_ids):
+            raise ProtocolError(f"tokens: {min(drawn)} is no token, and asked was not to draw it")
         if set(response.tokens[:-1]).intersection(eos_ids):
             raise ProtocolError("tokens: a response goes on behind its end")
         if max(response.logprobs) > MAX_LOGPROB:

@@ -139,6 +139,7 @@ class GenerateRequest:
       top_p: keep the fewest most probable tokens that reach this mass; 1 keeps all.
       seeds: one per prompt; decides its M responses whatever else the server is doing.
       eos_ids: tokens that end a response; they stay in it. No other token ends one.
+      absent_ids: rows of the vocabulary that are no token and are never drawn; the log-probs count them all the same.
     """
 
     prompts: Rows
@@ -149,6 +150,7 @@ class GenerateRequest:
     top_p: Annotated[float, Expect("a number from 0 to 1", ge=0, le=1)]
     seeds: Seeds
     eos_ids: Ids
+    absent_ids: list[Annotated[int, _integer(0, MAX_ID)]] | None = None
 
     def __post_init__(self) -> None:
         if self.top_p == 0:

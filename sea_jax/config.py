@@ -20,11 +20,12 @@ from sea_jax.evaluation import EvaluationSettings
 from sea_jax.features import FeatureSettings
 from sea_jax.learner import LearnerSettings
 from sea_jax.losses import LossSettings
+from sea_jax.models.checkpoints.hf import EXPORTED
 from sea_jax.oracles.oracle import OracleSettings
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
 from sea_jax.runtime.checkpoint import CheckpointSettings
-from sea_jax.settings import AT_LEAST_1, GIVEN, Check, section, setting
+from sea_jax.settings import AT_LEAST_1, GIVEN, Check, one_of, section, setting
 
 SEED: Check = (lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
 MESH: Check = (
@@ -111,6 +112,7 @@ class SftSettings:
     name: str = setting("sft", "labels the run")
     seed: int = setting(0, "every random choice flows from it", SEED)
     output: str = setting("", "directory for the fine-tuned model, or cache:NAME", GIVEN)
+    output_dtype: str = setting("", 'of the weights there; "": that of policy.source', one_of("", *EXPORTED))
     steps: int = setting(48, "gradient steps", AT_LEAST_1)
     max_response_tokens: int = setting(
         53,
@@ -167,6 +169,19 @@ def editable(whole: RunSettings | SftSettings) -> ml_collections.ConfigDict:
         return config
 
     return part(whole).lock()
+
+
+def changed(whole: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
+    """Returns settings with other values.
+
+    Args:
+      whole: settings.
+      changes: values by dotted names.
+    """
+    config = editable(whole)
+    config.update_from_flattened_dict(changes)
+    read: RunSettings = _read(RunSettings, config)
+    return read
 
 
 def unchecked(config: ml_collections.ConfigDict) -> RunSettings | SftSettings:

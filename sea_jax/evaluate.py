@@ -18,6 +18,7 @@ from sea_jax import ensemble, wiring
 from sea_jax.config import RunSettings, checked
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.evaluation import Evaluation, Responses
+from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.policy import check_fingerprint, export_policy
 from sea_jax.runtime import cache, checkpoint, console, files, processes
@@ -34,6 +35,9 @@ BEST_OF = flags.DEFINE_integer(
     "best_of", None, "Also the best of so many responses under the run's ensemble.", lower_bound=1
 )
 EXPORT = flags.DEFINE_string("export", None, "Also write the policy there, as a Hugging Face directory.")
+EXPORT_DTYPE = flags.DEFINE_enum(
+    "export_dtype", None, hf.EXPORTED, "Of the exported weights; default: that of the policy that training began with."
+)
 MESH = flags.DEFINE_string(
     "mesh",
     None,
@@ -48,6 +52,7 @@ def evaluate(
     step: int | None = None,
     best_of: int = 0,
     export: Path | None = None,
+    export_dtype: str = "",
     mesh: Sequence[int] | None = None,
     num_prompts: int | None = None,
 ) -> None:
@@ -58,6 +63,7 @@ def evaluate(
       step: of the checkpoint; None: the newest one that can be read.
       best_of: N of best of N under the ensemble; 0: not.
       export: where the policy goes as a Hugging Face directory; None: nowhere.
+      export_dtype: of its weights; "": as of `export_policy`.
       mesh: devices along "data", "fsdp" and "tensor"; None: see `fitting_mesh`.
       num_prompts: held-out prompts; None: as many as the run's own evaluations.
 
@@ -79,11 +85,18 @@ def evaluate(
     made = make_mesh(checked(replace(settings, mesh=(data, fsdp, tensor))).mesh)
     settings = replace(settings, mesh=mesh_sizes(made))
     with jax.set_mesh(made):
-        evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export)
+        evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export, export_dtype=export_dtype)
 
 
 def evaluate_on(
-    mesh: Mesh, config: RunSettings, workdir: Path, *, step: int | None, best_of: int, export: Path | None
+    mesh: Mesh,
+    config: RunSettings,
+    workdir: Path,
+    *,
+    step: int | None,
+    best_of: int,
+    export: Path | None,
+    export_dtype: str,
 ) -> None:
     """Evaluates on a mesh that is set; everything else as in `evaluate`.
 
@@ -94,6 +107,7 @@ def evaluate_on(
       step: of the checkpoint, or None.
       best_of: N, or 0.
       export: where to, or None.
+      export_dtype: of the weights there.
     """
     # --------------------------------------------------------------------------------------------------------- What is there
     parts = wiring.parts(config, mesh, training=False, began=beginning(workdir))
@@ -149,7 +163,7 @@ def evaluate_on(
             f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
         )
     if export is not None:
-        export_policy(parts.policy, trained, export)
+        export_policy(parts.policy, trained, export, export_dtype)
         if processes.is_first():
             print(f"The policy is in {export}, as Hugging Face's libraries read it.")
 
@@ -397,6 +411,7 @@ def main() -> None:
         step=CHECKPOINT.value,
         best_of=BEST_OF.value or 0,
         export=None if EXPORT.value is None else Path(EXPORT.value).expanduser(),
+        export_dtype=EXPORT_DTYPE.value or "",
         mesh=None if MESH.value is None else mesh_shape(MESH.value),
         num_prompts=NUM_PROMPTS.value,
     )

@@ -186,8 +186,8 @@ def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
     """
     trunk_width(source)  # refuses what is no trunk before it is loaded
     loaded = hf.load(source)
-    config, own_tokenizer = loaded.config, tokenizer.load(loaded.directory)
-    tokenizer.check(own_tokenizer, config.vocab_size)
+    config = loaded.config
+    own_tokenizer = tokenizer.fitted(tokenizer.load(loaded.directory), config.vocab_size)
     if isinstance(config, DebertaConfig):
         max_tokens = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
         encode, read = _of_prefix_tokens(config, own_tokenizer, max_tokens, dtype)
@@ -240,9 +240,9 @@ def _of_response_mean(
     """BERT: the marks are where the response begins and ends."""
 
     def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
-        prompt_ids, rows = tokenizer.encode(prompt), []  # [CLS] ... [SEP]
+        prompt_ids, rows = tokenizer.encode(tokenizer.quoted(prompt)), []  # [CLS] ... [SEP]
         for response in responses:
-            response_ids = tokenizer.encode(response)[1:][: max_tokens // 2]
+            response_ids = tokenizer.encode(tokenizer.quoted(response))[1:][: max_tokens // 2]
             room = max_tokens - len(response_ids)
             kept = prompt_ids if len(prompt_ids) <= room else [prompt_ids[0], *prompt_ids[1 - room :]]
             rows.append((kept + response_ids, (len(kept), len(kept) + len(response_ids))))
@@ -273,10 +273,10 @@ def _of_prefix_tokens(
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]  # the separator stays
 
     def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
-        prompt_ids, rows = cut(tokenizer.encode(SOURCE + prompt), MAX_SOURCE_TOKENS * max_tokens // MAX_TOKENS), []
+        source_ids = tokenizer.encode(SOURCE + tokenizer.quoted(prompt))
+        prompt_ids, rows = cut(source_ids, MAX_SOURCE_TOKENS * max_tokens // MAX_TOKENS), []
         for response in responses:
-            response_ids = cut(tokenizer.encode(CANDIDATE + response), max_tokens - len(prompt_ids))
-            # The first of each is ours, whatever the texts hold.
+            response_ids = cut(tokenizer.encode(CANDIDATE + tokenizer.quoted(response)), max_tokens - len(prompt_ids))
             marks = prompt_ids.index(known[SOURCE]), len(prompt_ids) + response_ids.index(known[CANDIDATE])
             rows.append((prompt_ids + response_ids, marks))
         return rows

@@ -396,7 +396,7 @@ def reward_heads(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
         with naming("erm.trunk", erm.trunk):
             held["ERM trunk"], step, width = trunk_step(describe(erm.trunk), erm, run.shape)
         steps.append(compiled("features", step, run.platform))
-    elif not (run.cut.features_are_frozen and run.config.actor.kind == "in_process"):
+    elif not (run.cut.features_are_frozen and wiring.sampler_reads_features(run.config)):
         steps.append(_reading_step("features", run, run.sampling))
         if run.best_of_n.num_samples:
             steps.append(_reading_step("best-of-N features", run, run.best_of_n))
@@ -429,7 +429,7 @@ def scoring(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
         return {}, []
     with naming("oracle.reward_model", oracle.reward_model):
         judge = reward.check(describe(oracle.reward_model))
-    params = partition.abstract(decoder.abstract(judge), oracle.dtype)
+    params = partition.abstract(hf.abstract(judge), oracle.dtype)
     score = jax.jit(functools.partial(reward.apply, config=judge, dtype=oracle.dtype))
     size = (oracle.batch_size, oracle.max_tokens)
     tokens, valid = run.shape(jnp.int32, *size), run.shape(jnp.bool_, *size)

@@ -68,33 +68,75 @@ def check_language_model(config: Config) -> ModelConfig:
     return config
 
 
-def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, *, dtype: str) -> Policy:
-    """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
+@dataclass(frozen=True)
+class PolicyFiles:
+    """What is known of a policy without its weights.
+
+    Attributes:
+      source: as it was given.
+      directory: where it was found.
+      config: its configuration.
+      tokenizer: its tokenizer.
+    """
+
+    source: str
+    directory: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def read_files(source: str) -> PolicyFiles:
+    """Reads what a policy is, without its weights.
 
     Args:
       source: anything that `hf.load` takes.
+
+    Raises:
+      ValueError: the source is no decoder, or its tokenizer does not fit it.
+    """
+    with naming("policy.source", source):
+        name = source
+        if source.startswith(cache.PREFIX):
+            name = str(cache.resolve(source))
+            if not Path(name).exists():
+                raise ValueError(
+                    f"there is no {name}; make it first with `python -m sea_jax.sft --config=...` of the config "
+                    "whose output it is"
+                )
+        directory = hf.locate(name)
+        config = check_language_model(hf.read_config(directory))
+        own_tokenizer = tokenizer.fitted(tokenizer.load(directory), config.vocab_size)
+    return PolicyFiles(source, directory, config, own_tokenizer)
+
+
+def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, *, dtype: str) -> Policy:
+    """Loads a decoder, see `load_weights`; raises as `read_files` does too.
+
+    Args:
+      source: anything that `hf.load` takes.
+      train_last_layers, feature_layer, dtype: as of `load_weights`.
+    """
+    return load_weights(read_files(source), train_last_layers, feature_layer, dtype=dtype)
+
+
+def load_weights(found: PolicyFiles, train_last_layers: int, feature_layer: int = 0, *, dtype: str) -> Policy:
+    """Loads a decoder, divides its layers where training begins and where features are read, and places them on the mesh.
+
+    Args:
+      found: PolicyFiles.
       train_last_layers: n; 0 trains everything.
       feature_layer: behind so many layers; 0: behind the last norm.
       dtype: compute dtype.
 
     Raises:
-      ValueError: more layers are named than there are, the source is no decoder, or its tokenizer does not fit it.
+      ValueError: more layers are named than there are, or the weights are not the configuration's.
     """
-    with naming("policy.source", source):
-        if source.startswith(cache.PREFIX):
-            directory = cache.resolve(source)
-            if not directory.exists():
-                raise ValueError(
-                    f"there is no {directory}; make it first with `python -m sea_jax.sft --config=...` of the config "
-                    "whose output it is"
-                )
-            source = str(directory)
-        loaded = hf.load(source)
-        config, own_tokenizer = check_language_model(loaded.config), tokenizer.load(loaded.directory)
-        tokenizer.check(own_tokenizer, config.vocab_size)
+    config = found.config
     for field, value in (("policy.train_last_layers", train_last_layers), ("erm.feature_layer", feature_layer)):
         if value > config.num_layers:
             raise ValueError(f"config.{field}={value}: the model has {config.num_layers} layers")
+    with naming("policy.source", found.source):
+        loaded = hf.load(found.directory)
     division = divide_layers(config, train_last_layers, feature_layer)
     params = decoder.recut(loaded.params, division.cuts)
     frozen, trained = decoder.divide(params, division.num_trained_stacks)
@@ -104,7 +146,7 @@ def load_policy(source: str, train_last_layers: int, feature_layer: int = 0, *, 
 
     return Policy(
         config=config,
-        tokenizer=own_tokenizer,
+        tokenizer=found.tokenizer,
         directory=loaded.directory,
         frozen=placed(frozen),
         reference=placed(trained),
@@ -178,13 +220,14 @@ def divide_layers(config: ModelConfig, train_last_layers: int, feature_layer: in
     )
 
 
-def export_policy(loaded: Policy, trained: Params, directory: Path) -> None:
+def export_policy(loaded: Policy, trained: Params, directory: Path, dtype: str = "") -> None:
     """Writes a trained policy as a Hugging Face directory.
 
     Args:
       loaded: Policy.
       trained: the trained part of the parameters.
       directory: where to; must not exist yet, or be empty.
+      dtype: of the weights there; "": that of the policy's own files.
     """
     trained = processes.fetch(trained)
     if not processes.is_first():
@@ -195,4 +238,10 @@ def export_policy(loaded: Policy, trained: Params, directory: Path) -> None:
         sizes = [len(stack["q"]["kernel"]) for stack in (*loaded.frozen["stacks"], *trained["stacks"])]
         cuts = np.cumsum(sizes)[:-1].tolist()
         frozen, _ = decoder.divide(decoder.recut(whole, cuts), len(trained["stacks"]))
-    hf.save(directory, loaded.config, decoder.join(frozen, trained), loaded.directory)
+    hf.save(
+        directory,
+        loaded.config,
+        decoder.join(frozen, trained),
+        loaded.directory,
+        dtype or hf.stored_dtype(loaded.directory),
+    )

@@ -9,8 +9,10 @@ from sea_jax.data.prompts import load_records
 from sea_jax.data.sources import Record
 from sea_jax.models import reward
 from sea_jax.models.checkpoints import hf
-from sea_jax.models.config import Config, ModelConfig
+from sea_jax.models.config import Config, DebertaConfig, ModelConfig
 from sea_jax.models.mesh import check_divides
+from sea_jax.oracles.oracle import OracleSettings
+from sea_jax.oracles.reward_model import read_conversations
 from sea_jax.runtime import cache
 from sea_jax.settings import naming
 
@@ -53,6 +55,48 @@ def read_sources(config: RunSettings) -> tuple[list[Record], list[Record]]:
     return records
 
 
+def check_length(model: ModelConfig, prompt_tokens: int, response_tokens: int, field: str) -> None:
+    """Refuses sequences that are longer than those that a policy was made for: it would write garbage.
+
+    Args:
+      model: the policy's configuration.
+      prompt_tokens: of the longest prompt.
+      response_tokens: of the longest response to it.
+      field: that sets these.
+
+    Raises:
+      ValueError: together they are too long.
+    """
+    limit, together = model.longest_sequence, prompt_tokens + response_tokens
+    if together <= limit:
+        return
+    why = f"the policy was made for up to {limit} tokens"
+    if limit == model.window:
+        why = f"the policy's sliding window of attention is {limit} tokens, and only full attention is supported"
+    remedies = [
+        f"{name} to {limit - others}"
+        for name, others in ((field, prompt_tokens), ("data.max_prompt_tokens", response_tokens))
+        if others < limit
+    ]
+    raise ValueError(
+        f"config.{field}: a prompt of {prompt_tokens} tokens and a response of up to {response_tokens} are {together}, but "
+        f"{why}: lower {', or '.join(remedies) or 'both'}; longer prompts are left out then"
+    )
+
+
+def check_reward_model(settings: OracleSettings) -> None:
+    """Refuses a reward model, here or at servers, that cannot read conversations as the settings say; loads no weights.
+
+    Raises:
+      ValueError: what keeps it from that, by the name of the field.
+    """
+    if settings.kind in ("reward_model", "remote"):
+        with naming("oracle.reward_model", settings.reward_model):
+            here = settings.kind == "reward_model"
+            directory = hf.locate(settings.reward_model, weights=here)
+            read_conversations(directory, settings.max_tokens, weights=here)
+
+
 def check_mesh(
     config: RunSettings,
     mesh: Mesh,
@@ -77,7 +121,7 @@ def check_mesh(
         "eval.batch_size": config.eval.batch_size,
         "sampling.batch_size": config.sampling.batch_size,
     }
-    models = {"policy.source": model}
+    models: dict[str, ModelConfig | DebertaConfig] = {"policy.source": model}
     if training:
         batch_sizes["learner.microbatch_size"] = config.learner.microbatch_size
     if config.erm.trunk:

@@ -18,12 +18,14 @@ from sea_jax import config as configuration
 from sea_jax import learner
 from sea_jax.config import SftSettings
 from sea_jax.data.fingerprint import of_records
-from sea_jax.data.prompts import Rendered, collate, load_prompts, load_records
+from sea_jax.data.prompts import DataSettings, Rendered, collate, load_prompts, load_records
+from sea_jax.data.references import reference_ids
 from sea_jax.learner import Learner, LearnerConfig
-from sea_jax.models import decoder
+from sea_jax.models import decoder, tokenizer
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
-from sea_jax.policy import Policy, export_policy, load_policy
+from sea_jax.policy import Policy, export_policy, load_weights, read_files
+from sea_jax.preflight import check_length
 from sea_jax.runtime import cache, console, files, metrics
 from sea_jax.runtime.progress import Progress
 from sea_jax.types import Array, Params, Prompts
@@ -113,23 +115,29 @@ def update(
     return Learner(trained=trained, opt_state=opt_state, step=state.step + 1), loss
 
 
-def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response_tokens: int) -> list[Rendered]:
+Pair = tuple[Rendered, list[int]]
+"""A prompt and the token ids of its reference."""
+
+
+def with_references(
+    rendered: Sequence[Rendered], words: Tokenizer, data: DataSettings, max_response_tokens: int
+) -> list[Pair]:
     """Returns the prompts whose reference, the end of the sequence included, is given and short enough.
 
     Args:
       rendered: prompts.
       words: the policy's tokenizer.
+      data: as they were rendered with.
       max_response_tokens: T.
 
     Returns:
-      Those that are kept.
+      Those that are kept, with their references.
 
     Raises:
       ValueError: none is.
     """
-    kept = [
-        one for one in rendered if one.record["reference"] and len(reference_ids(one, words)) <= max_response_tokens
-    ]
+    pairs = [(one, reference_ids(one, words, data)) for one in rendered if one.record["reference"].strip()]
+    kept = [(one, ids) for one, ids in pairs if len(ids) <= max_response_tokens]
     logging.info("%d of %d prompts have a reference of up to %d tokens", len(kept), len(rendered), max_response_tokens)
     if not kept:
         raise ValueError(
@@ -139,39 +147,20 @@ def with_references(rendered: Sequence[Rendered], words: Tokenizer, max_response
     return kept
 
 
-def reference_ids(one: Rendered, words: Tokenizer) -> list[int]:
-    """Returns the token ids of a prompt's reference as the model would write it behind that prompt.
-
-    Most tokenizers join a space to the word behind it, so that one comes first unless the prompt ends in whitespace or in a
-    special token, as most chat templates do.
-
-    Args:
-      one: a prompt.
-      words: the policy's tokenizer.
-
-    Returns:
-      Token ids, the end-of-sequence token included.
-    """
-    reference, end = one.record["reference"].strip(), words.decode(one.tokens[-1:])  # of a special token: ""
-    behind_word = end != "" and not end[-1].isspace()
-    return [*words.encode(f" {reference}" if behind_word else reference, add_special=False), words.eos_id]
-
-
 def _batches(
-    rendered: Sequence[Rendered], words: Tokenizer, *, max_response_tokens: int, bucket: int, batch_size: int, seed: int
+    pairs: Sequence[Pair], pad_id: int, *, max_response_tokens: int, bucket: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Prompts, np.ndarray, np.ndarray]]:
     """Endless batches of prompts, reference tokens [B, 1, T] and lengths [B, 1], in an order of the seed's."""
 
-    def collate_pairs(rows: Sequence[Rendered]) -> tuple[Prompts, np.ndarray, np.ndarray]:
-        batch = collate(rows, words.pad_id, bucket)
-        tokens = np.full((len(rows), 1, max_response_tokens), words.pad_id, np.int32)
+    def collate_pairs(rows: Sequence[Pair]) -> tuple[Prompts, np.ndarray, np.ndarray]:
+        batch = collate([one for one, _ in rows], pad_id, bucket)
+        tokens = np.full((len(rows), 1, max_response_tokens), pad_id, np.int32)
         lengths = np.zeros((len(rows), 1), np.int32)
-        for row, one in enumerate(rows):
-            ids = reference_ids(one, words)
+        for row, (_, ids) in enumerate(rows):
             tokens[row, 0, : len(ids)], lengths[row] = ids, len(ids)
         return Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"])), tokens, lengths
 
-    return iter(grain.MapDataset.source(rendered).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate_pairs))
+    return iter(grain.MapDataset.source(pairs).shuffle(seed=seed).repeat().batch(batch_size, batch_fn=collate_pairs))
 
 
 def fine_tune(config: SftSettings, output: Path) -> None:
@@ -189,20 +178,24 @@ def fine_tune(config: SftSettings, output: Path) -> None:
     if output.exists() and any(output.iterdir()) and not (output / RECIPE).exists():
         raise ValueError(f"config.output={config.output}: {output} holds something else; name another directory")
     records = load_records(config.data)
-    policy = load_policy(config.policy.source, config.policy.train_last_layers, dtype=config.policy.dtype)
-    train_prompts, heldout_prompts = load_prompts(config.data, policy.tokenizer, config.eval.num_prompts, records)
-    limit, words = config.max_response_tokens, policy.tokenizer
+    found = read_files(config.policy.source)
+    limit, words = config.max_response_tokens, found.tokenizer
+    train_prompts, heldout_prompts = load_prompts(config.data, words, config.eval.num_prompts, records)
     batches = functools.partial(
         _batches,
-        words=words,
+        pad_id=words.pad_id,
         max_response_tokens=limit,
         bucket=config.data.bucket,
         batch_size=config.data.batch_size,
         seed=config.seed,
     )
-    train_batches = batches(with_references(train_prompts, words, limit))
-    heldout_pairs = with_references(heldout_prompts, words, limit)
+    train_pairs = with_references(train_prompts, words, config.data, limit)
+    train_batches = batches(train_pairs)
+    heldout_pairs = with_references(heldout_prompts, words, config.data, limit)
     heldout_batches = batches(heldout_pairs)
+    longest = max((*train_pairs, *heldout_pairs), key=lambda pair: len(pair[0].tokens) + len(pair[1]))
+    check_length(found.config, len(longest[0].tokens), len(longest[1]), "max_response_tokens")
+    policy = load_weights(found, config.policy.train_last_layers, dtype=config.policy.dtype)
     heldout = [next(heldout_batches) for _ in range(max(1, len(heldout_pairs) // config.data.batch_size))]
     learner_config = learner.configured(config.learner, total_steps=config.steps, dtype=config.policy.dtype)
     loss = jax.jit(functools.partial(negative_logprob, config=policy.config, learner_config=learner_config))
@@ -220,7 +213,8 @@ def fine_tune(config: SftSettings, output: Path) -> None:
             metrics.check_finite({"train/loss": float(value)}, step, None)
             progress.update(step, {"loss": float(value)})
     after = heldout_loss(state.trained)
-    _write(policy, state.trained, config, of_records(*records), output)
+    end_id = heldout_pairs[0][1][-1]
+    _write(policy, state.trained, config, of_records(*records), output, end_id)
     print(
         f"held-out loss {before:.3f} -> {after:.3f} nats per token after {config.steps} steps of {config.data.batch_size}; "
         f"{time.perf_counter() - begin:.0f} s in all. The model is in {output}"
@@ -256,14 +250,18 @@ def _made_of(output: Path, config: SftSettings) -> bool:
     return same
 
 
-def _write(policy: Policy, trained: Params, config: SftSettings, prompts: str, output: Path) -> None:
-    """Puts a model with its recipe in the output's place when both are complete; what is there stays usable until then."""
+def _write(policy: Policy, trained: Params, config: SftSettings, prompts: str, output: Path, end_id: int) -> None:
+    """Puts a model with its recipe in the output's place when both are complete; what is there stays usable until then.
+
+    The token that it was taught to end with, `end_id`, will end its responses.
+    """
     output = output.resolve()  # of a link, what it points to is replaced
     workshop = output.with_name(f".{output.name}.unfinished")  # on the same disk, or it could not be renamed
     new, old = workshop / "new", workshop / "old"
     if workshop.exists():  # a run was killed here
         shutil.rmtree(workshop)
-    export_policy(policy, trained, new)
+    export_policy(policy, trained, new, config.output_dtype)
+    tokenizer.list_end(new, policy.tokenizer, end_id)
     files.write_whole(new / PROMPTS, prompts + "\n")
     files.write_whole(new / RECIPE, configuration.to_json(config))
     if output.exists():

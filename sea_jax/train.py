@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from sea_jax import agent as sea
 from sea_jax import config as configuration
 from sea_jax import ensemble, evaluation, learner, losses, report, sampling, wiring
-from sea_jax.actors.generation import texts_of
 from sea_jax.actors.responder import resumable
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import fingerprint
@@ -28,7 +27,7 @@ from sea_jax.policy_logprobs import under_policy_and_reference
 from sea_jax.runtime import cache, checkpoint, console, metrics, processes
 from sea_jax.runtime.interrupts import Interrupts
 from sea_jax.runtime.progress import Progress
-from sea_jax.workdir import beginning, check_prompts, check_workdir, claim, open_ledger, own_directory
+from sea_jax.workdir import as_begun, beginning, check_prompts, check_workdir, claim, open_ledger, own_directory
 
 flags.adopt_module_key_flags(console)  # so that --help shows --config
 
@@ -47,6 +46,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     settings = configuration.resolve(config)
     mesh = make_mesh(settings.mesh)
     settings = replace(settings, mesh=mesh_sizes(mesh))  # what -1 stood for, so that a run goes on where it fits
+    settings = replace(settings, oracle=replace(settings.oracle, scale=oracle.own_scale(settings.oracle)))
+    settings = as_begun(settings, workdir)
     with jax.set_mesh(mesh):
         train_on(mesh, settings, workdir)
 
@@ -92,7 +93,7 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
         passive = sea.Agent(
             prompts=batches.__getitem__,
             respond=responder.respond,
-            texts=texts_of(policy.tokenizer),
+            texts=parts.texts,
             features=parts.features,
             logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
             rule=sampling.passive,

@@ -219,6 +219,7 @@ class PolicyServers(Protocol):
         num_samples: int,
         max_new_tokens: int,
         eos_ids: Sequence[int],
+        absent_ids: Sequence[int],
         vocab_size: int,
         temperature: float,
         top_k: int,
@@ -233,6 +234,7 @@ class PolicyServers(Protocol):
           num_samples: M.
           max_new_tokens: T.
           eos_ids: tokens that end a response.
+          absent_ids: rows of the vocabulary that are never drawn.
           vocab_size: responses have smaller ids.
           temperature, top_k, top_p: as in `sea_jax.actors.generation.GenerationConfig`.
 

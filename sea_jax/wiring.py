@@ -17,6 +17,8 @@ from sea_jax.actors.bridge import bridge, connect
 from sea_jax.actors.generation import GenerationConfig
 from sea_jax.actors.in_process import in_process
 from sea_jax.actors.responder import Responder, open_responder
+from sea_jax.actors.stop import ending
+from sea_jax.actors.texts import texts_of
 from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
 from sea_jax.data.prompts import Batch, Rendered, evaluation_batches, load_prompts
@@ -26,9 +28,9 @@ from sea_jax.methods.online import online
 from sea_jax.methods.sea import sea
 from sea_jax.models import decoder, partition
 from sea_jax.oracles import oracle, preferences
-from sea_jax.policy import Policy, load_policy
+from sea_jax.policy import Policy, load_weights, read_files
 from sea_jax.policy_logprobs import under_policy
-from sea_jax.preflight import check_mesh, read_sources
+from sea_jax.preflight import check_length, check_mesh, check_reward_model, read_sources
 from sea_jax.replay import empty_replay
 from sea_jax.settings import user_function
 from sea_jax.types import (
@@ -66,6 +68,8 @@ class Parts:
       heldout_prompts: rendered.
       preference: the oracle's taste, free of noise.
       sampling: how candidates are drawn.
+      stop: texts that end a response.
+      texts: Candidates -> B lists of M texts, as an oracle reads them.
       features: what the ERM sees.
       num_features: d, its width.
       servers: those that write the responses; None: this process does.
@@ -77,6 +81,8 @@ class Parts:
     heldout_prompts: list[Rendered]
     preference: Preference
     sampling: GenerationConfig
+    stop: tuple[str, ...]
+    texts: evaluation.Texts
     features: features.Featurize
     num_features: int
     servers: PolicyServers | None
@@ -94,9 +100,12 @@ class Parts:
           batch_size: this process writes to so many prompts at a time; 0: to all of a batch.
         """
         frozen, model = self.policy.frozen, self.policy.config
-        if self.servers is None:
-            return in_process(frozen, model, how, batch_size)
-        return bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
+        write = (
+            in_process(frozen, model, how, batch_size)
+            if self.servers is None
+            else bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
+        )
+        return ending(write, self.policy.tokenizer, self.stop)
 
 
 def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetime | None = None) -> Parts:
@@ -112,31 +121,43 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
       ValueError: a field or file does not fit.
     """
     records = read_sources(config)
-    loaded = load_policy(
-        config.policy.source, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype
-    )
-    loaded = replace(loaded, tokenizer=replace(loaded.tokenizer, now=began))
-    check_mesh(config, mesh, loaded.config, training=training)
+    found = read_files(config.policy.source)
+    found = replace(found, tokenizer=replace(found.tokenizer, now=began))
+    check_mesh(config, mesh, found.config, training=training)
     train_prompts, heldout_prompts = load_prompts(
-        config.data, loaded.tokenizer, config.eval.num_prompts, records, training
+        config.data, found.tokenizer, config.eval.num_prompts, records, training
     )
+    for part, field, tokens in (
+        (train_prompts, "sampling.max_new_tokens", config.sampling.max_new_tokens),
+        (heldout_prompts, "eval.max_new_tokens", config.eval.max_new_tokens),
+    ):
+        check_length(found.config, max((len(one.tokens) for one in part), default=0), tokens, field)
+    check_reward_model(config.oracle)
+    loaded = load_weights(found, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype)
     return Parts(
         policy=loaded,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
         preference=oracle.preference(config.oracle, config.bridge_token_file, began),
         sampling=generation.configured(config.sampling, loaded, config.policy.dtype),
+        stop=config.sampling.stop,
+        texts=texts_of(loaded.tokenizer, config.sampling),
         features=features.build(
             config.erm,
             loaded,
             dtype=config.policy.dtype,
-            read_by_sampler=config.actor.kind == "in_process",
+            read_by_sampler=sampler_reads_features(config),
             batch_size=config.sampling.batch_size,
         ),
         num_features=features.width(config.erm, loaded),
         servers=connect(config.actor, config.bridge_token_file) if config.actor.kind == "bridge" else None,
         weights_dtype=config.actor.weights_dtype,
     )
+
+
+def sampler_reads_features(config: RunSettings) -> bool:
+    """Returns whether who writes reads the features of a response on the way: in this process, and all of the response."""
+    return config.actor.kind == "in_process" and not config.sampling.stop
 
 
 def replay_capacity(config: RunSettings) -> int:
@@ -209,7 +230,7 @@ def heldout_evaluation(
       best_of_n: responses to choose from where the ERM chooses; 0: it never will.
       watched: put around whoever writes the responses, to see how far he is.
     """
-    padding, decode = loaded.padding(config.data.bucket), generation.texts_of(loaded.policy.tokenizer)
+    padding, decode = loaded.padding(config.data.bucket), loaded.texts
     how = functools.partial(
         generation.configured,
         config.sampling,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -15,6 +16,7 @@ from sea_jax.data.fingerprint import Fingerprint, other_heldout, other_training,
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
+from sea_jax.settings import walk
 
 PROMPTS_FILE = "prompts_id"
 
@@ -28,6 +30,11 @@ def saved_settings(workdir: Path) -> RunSettings:
     Raises:
       ValueError: there are none, or they are not those of this version or an older one.
     """
+    return configuration.from_json(_saved(workdir), str(workdir / "config.json"))
+
+
+def _saved(workdir: Path) -> Mapping[str, Any]:
+    """What a run's config.json holds."""
     path = workdir / "config.json"
     if not path.is_file():
         found = "holds no config.json" if workdir.is_dir() else "is no directory"
@@ -38,7 +45,30 @@ def saved_settings(workdir: Path) -> RunSettings:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(saved, Mapping):
         raise ValueError(f"{path} holds a {type(saved).__name__}; a JSON object is needed")
-    return configuration.from_json(saved, str(path))
+    return saved
+
+
+def as_begun(settings: RunSettings, workdir: Path) -> RunSettings:
+    """Returns settings with which a run that an older version began goes on as it was.
+
+    What there was no setting for then, and is left at its default now, is what that version did.
+
+    Args:
+      settings: this run's.
+      workdir: where everything is written.
+    """
+    if not (workdir / "config.json").exists():
+        return settings
+    there = configuration.flatten(_saved(workdir))
+    then = {name: value for name, _, value in walk(saved_settings(workdir)) if name not in there}
+    changes = {
+        name: then[name]
+        for name, field, value in walk(settings)
+        if name in then and value == field.default != then[name]
+    }
+    for name, value in changes.items():
+        logging.info("config.%s=%r, as when this run was begun", name, value)
+    return configuration.changed(settings, changes)
 
 
 def check_workdir(workdir: Path, settings: RunSettings) -> None:

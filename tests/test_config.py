@@ -72,6 +72,10 @@ REFUSED = [
     ("data.template", "{prompt} {prompt}", "{prompt} in it exactly once"),
     ("data.source", "hub", "one of docstrings, jsonl, csv, parquet, huggingface, tfds"),
     ("data.split", "", "a non-empty text"),
+    ("data.special_tokens", "keep", "one of text, tokens"),
+    ("data.chat_arguments", "[1]", "a JSON object"),
+    ("sampling.stop", ("!", ""), "non-empty texts in parentheses"),
+    ("sampling.thoughts", ("<think>",), "two non-empty texts"),
     ("data.heldout_fraction", 0.0, "between 0 and 1"),
     ("data.heldout_fraction", 1.0, "between 0 and 1"),
     ("data.near_duplicate_share", 1.1, "from 0 to 1"),
@@ -136,7 +140,7 @@ REFUSED = [
     ("learner.clip_norm", 0.0, "above 0"),
     ("learner.microbatch_size", 0, "1 or more"),
     ("oracle.kind", "human", "one of embedding, reward_model, remote, or my_module:my_function"),
-    ("oracle.scale", 0.0, "above 0"),
+    ("oracle.scale", -1.0, "0 or more"),
     ("oracle.label", "hard", "one of deterministic, bradley_terry, soft"),
     ("oracle.flip_probability", 1.1, "from 0 to 1"),
     ("eval.every_queries", 0, "1 or more"),
@@ -158,7 +162,9 @@ def test_a_value_that_cannot_work_is_refused(config, name, value, wanted):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("output", ""), ("steps", 0), ("max_response_tokens", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("output", ""), ("output_dtype", "int8"), ("steps", 0), ("max_response_tokens", 1)]
+)
 def test_a_value_that_cannot_work_is_refused_in_fine_tuning(sft, name, value):
     set_field(sft, name, value)
     with pytest.raises(ValueError, match=rf"^config\.{name}={value!r}: must be"):
@@ -175,7 +181,9 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     everything = [*settings.walk(RunSettings()), *settings.walk(SftSettings())]
     ranged = {name for name, field, _ in everything if field.metadata["must"] is not settings.ANY}
     assert {name for name, _, _ in everything} - ranged == anything
-    assert ranged == {name for name, _, _ in REFUSED} | {"policy.source", "output", "steps", "max_response_tokens"}
+    assert ranged == {name for name, _, _ in REFUSED} | {
+        *("policy.source", "output", "output_dtype", "steps", "max_response_tokens")
+    }
 
 
 def test_every_field_says_what_it_is():

@@ -151,12 +151,18 @@ def pair_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at_prefixes(directory: Path, prompt: str, response: str) -> np.ndarray:
-    """What transformers says of one pair, tokenised and cut by its own rules: at most 1224 tokens, and 2048 in all."""
+    """What transformers says of one pair, cut to at most 1224 tokens, and 2048 in all; special tokens in it stay text."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     words = transformers.AutoTokenizer.from_pretrained(directory)
-    ids = words.encode(f"<|source|>{prompt}", max_length=1224, truncation=True)
+
+    def part(prefix: str, text: str, limit: int) -> list[int]:
+        *begin, end = words.encode(prefix)
+        plain = words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*[*begin, *plain][: limit - 1], end]
+
+    ids = part("<|source|>", prompt, 1224)
     marks = [1, len(ids) + 1]  # each behind the token that begins a text
-    ids += words.encode(f"<|candidate|>{response}", max_length=2048 - len(ids), truncation=True)
+    ids += part("<|candidate|>", response, 2048 - len(ids))
     assert [ids[mark] for mark in marks] == words.convert_tokens_to_ids(["<|source|>", "<|candidate|>"])
     with torch.no_grad():
         hidden = transformers.DebertaV2Model.from_pretrained(directory)(torch.tensor([ids])).last_hidden_state[0]

@@ -14,8 +14,8 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import config, learner, sft
-from sea_jax.data.prompts import Record, Rendered
-from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.models import tokenizer
+from sea_jax.models.checkpoints import tiny_random as tiny_models
 from sea_jax.policy import load_policy
 from sea_jax.runtime import cache, console, files
 from sea_jax.types import Prompts
@@ -65,8 +65,15 @@ def test_it_learns_and_writes_a_policy_that_loads(
     np.testing.assert_array_equal(loaded.frozen["embed"], source.frozen["embed"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), loaded.reference, source.reference)
     assert all(jax.tree.leaves(changed))
+    assert loaded.tokenizer.end_ids == source.tokenizer.end_ids == (0,)
 
     written = (tmp_path / "policy" / "model.safetensors").stat().st_mtime_ns
+    run_main(settings, monkeypatch)
+    assert "nothing to do" in capsys.readouterr().out
+    recipe = tmp_path / "policy" / sft.RECIPE
+    older = json.loads(recipe.read_text())
+    del older["output_dtype"]  # which there was no setting for
+    recipe.write_text(json.dumps(older))
     run_main(settings, monkeypatch)
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "policy" / "model.safetensors").stat().st_mtime_ns == written
@@ -148,13 +155,21 @@ def test_a_killed_run_leaves_the_older_policy_and_the_next_run_makes_the_new_one
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_link_points_to_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, link = tmp_path / "disk" / "policy", tmp_path / "link"
+def test_what_a_link_points_to_is_replaced_and_its_responses_end_as_the_chat_template_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, link, source = tmp_path / "disk" / "policy", tmp_path / "link", tmp_path / "source"
     there.mkdir(parents=True)
     link.symlink_to(there)
-    run_main(configured(link, steps=1), monkeypatch)
+    tiny_models.write(source, "tiny-random-llama")
+    rules = json.loads((source / "tokenizer_config.json").read_text())
+    rules["chat_template"] = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|start|>\n{% endfor %}"
+    (source / "tokenizer_config.json").write_text(json.dumps(rules))
+    run_main(configured(link, steps=1, policy__source=str(source), data__chat=True), monkeypatch)
     assert link.is_symlink()
     assert made_with(there) == 0
+    assert tokenizer.load(source).end_ids == (0,)
+    assert tokenizer.load(there).end_ids == (0, 1)
 
 
 def test_microbatches_change_nothing_but_the_memory() -> None:
@@ -179,17 +194,6 @@ def test_microbatches_change_nothing_but_the_memory() -> None:
     moments = [optax.tree_utils.tree_get(state.opt_state, "mu") for state in (in_parts, whole)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), *moments)
     assert memory[2] < memory[8] / 2
-
-
-@pytest.mark.parametrize(
-    ("ending", "space"), [(" summary:", True), ("\n", False), (" ", False), ("<|im_end|>", False), ("hi", True)]
-)
-def test_a_space_stands_between_words_and_nowhere_else(byte_tokenizer: Tokenizer, ending: str, space: bool) -> None:
-    prompt = byte_tokenizer.encode(f"What{ending}")
-    record = Record(id="1", prompt="What", reference=" The end. ")
-    ids = sft.reference_ids(Rendered(record, prompt), byte_tokenizer)
-    assert ids[-1] == byte_tokenizer.eos_id
-    assert byte_tokenizer.decode(ids) == " " * space + "The end."
 
 
 def test_the_loss_is_the_mean_over_reference_tokens() -> None:
@@ -222,4 +226,4 @@ def test_the_loss_is_the_mean_over_reference_tokens() -> None:
 
 def test_prompts_without_a_short_enough_reference_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.max_response_tokens=2"):
-        sft.fine_tune(configured(tmp_path / "policy", max_response_tokens=2), tmp_path / "policy")
+        sft.fine_tune(config.resolve_sft(configured(tmp_path / "policy", max_response_tokens=2)), tmp_path / "policy")

@@ -61,7 +61,9 @@ def command(*flags: str, size: str = "") -> subprocess.CompletedProcess[str]:
 def test_the_papers_setting_runs_from_local_directories_to_the_report(tmp_path: Path) -> None:
     tiny_random.write(tmp_path / "pythia", "tiny-random-gpt-neox")
     tiny_random.write(tmp_path / "pairrm", "tiny-random-deberta", seed=1)
-    tiny_random.write(tmp_path / "skywork", "tiny-random-llama-reward", seed=2)
+    tiny_random.write(
+        tmp_path / "skywork", "tiny-random-llama-reward", seed=2, changes={"max_position_embeddings": 2048}
+    )
     write_data(tmp_path / "tldr")
     workdir = tmp_path / "run"
     finished = command(

@@ -9,12 +9,13 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import config as configuration
+from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import Fingerprint, fingerprint
 from sea_jax.data.prompts import DataSettings, load_prompts
 from sea_jax.models import tokenizer
 from sea_jax.models.checkpoints import builtin
 from sea_jax.models.tokenizer import Tokenizer
-from sea_jax.workdir import beginning, check_prompts, claim
+from sea_jax.workdir import as_begun, beginning, check_prompts, check_workdir, claim
 
 LATER = datetime(1999, 12, 31, 23, 59, 59, 5, tzinfo=UTC)
 TEMPLATE = """{% if strftime_now is defined %}{{ strftime_now("%d %b") }} {% set year = strftime_now( '%Y' ) %}{% endif %}
@@ -81,3 +82,22 @@ def test_a_chat_template_is_told_the_time_that_it_is_given(tiny_tokenizer: Token
     messages = [{"role": "user", "content": "hi"}]
     assert dataclasses.replace(tiny_tokenizer, now=LATER).chat(messages) == "31 Dec 1999 hi"
     assert "1999" not in tiny_tokenizer.chat(messages)
+
+
+def test_a_run_goes_on_as_an_older_version_began_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = RunSettings()
+    assert as_begun(now, tmp_path) is now
+    saved = json.loads(configuration.to_json(now))
+    del saved["data"]["special_tokens"]  # which was done in another way
+    del saved["sampling"]["stop"]  # and not at all
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"config\.data\.special_tokens: 'tokens' in the work directory, 'text' now"):
+        check_workdir(tmp_path, now)
+    with caplog.at_level("INFO", logger="absl"):
+        begun = as_begun(now, tmp_path)
+    assert begun == dataclasses.replace(now, data=dataclasses.replace(now.data, special_tokens="tokens"))
+    assert "config.data.special_tokens='tokens', as when this run was begun" in caplog.text
+    check_workdir(tmp_path, begun)
+    other = dataclasses.replace(now, seed=1, sampling=dataclasses.replace(now.sampling, stop=("!",)))
+    with pytest.raises(ValueError, match=r"config\.sampling\.stop: \(\) in .*\nconfig\.seed: 0 in"):
+        check_workdir(tmp_path, as_begun(other, tmp_path))

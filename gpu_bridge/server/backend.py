@@ -292,6 +292,8 @@ async def _launch_vllm(process: _Process, arguments: Sequence[str], variables: d
     await process.launch(directory, [*command, *config.extra], variables, client, "/health")
 
 
+NEVER = -1e9  # added to a logit; JSON has no infinity
+
 # The first request compiles what draws tokens, for many seconds.
 _WARM_UP = GenerateRequest([[0]], 2, 2, temperature=1.0, top_k=2, top_p=0.9, seeds=[0], eos_ids=[])
 
@@ -332,6 +334,8 @@ class VllmPolicy:
             "logprobs": 0,  # those of the tokens that are written
             "detokenize": False,
         }
+        if request.absent_ids:
+            parameters["logit_bias"] = dict.fromkeys(request.absent_ids, NEVER)
 
         async def write(prompt: list[int], seed: int) -> Any:
             return await self._process.call(

@@ -145,6 +145,7 @@ def bridge(
                     num_samples=sampling.num_samples,
                     max_new_tokens=sampling.max_new_tokens,
                     eos_ids=sampling.eos_ids,
+                    absent_ids=sampling.absent_ids,
                     vocab_size=config.vocab_size,
                     temperature=sampling.temperature,
                     top_k=sampling.top_k,

@@ -1,18 +1,15 @@
 """Prompts in, M sampled responses each out: the prompt is read once, its KV is shared, one jitted while_loop writes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from sea_jax.models import decoder, partition
 from sea_jax.models.config import ModelConfig
-from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.policy import Policy
 from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
 from sea_jax.types import Array, Candidates, Params, Prompts
@@ -46,6 +43,22 @@ class SamplingSettings:
         "only the fewest most probable tokens that reach this mass are drawn; 1: any",
         (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
     )
+    stop: tuple[str, ...] = setting(
+        (),
+        'texts that end a response, such as ("\\nQ:",); what they begin is not shown to the oracle',
+        (
+            lambda v: all(isinstance(text, str) and text for text in v),
+            "non-empty texts in parentheses, each with a comma",
+        ),
+    )
+    thoughts: tuple[str, ...] = setting(
+        (),
+        'what a model\'s thoughts begin and end with, such as ("<think>", "</think>"): the oracle is not shown them',
+        (
+            lambda v: len(v) in (0, 2) and all(isinstance(text, str) and text for text in v),
+            "two non-empty texts, or ()",
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class GenerationConfig:
       top_p: keep the fewest most probable tokens that reach this mass; 1 keeps all.
       feature_stack: read features behind this many stacks of layers; None: behind the last norm.
       dtype: compute dtype.
+      absent_ids: rows of the vocabulary that are no token and are never drawn; log-probs count them all the same.
     """
 
     num_samples: int
@@ -73,6 +87,7 @@ class GenerationConfig:
     top_p: float
     feature_stack: int | None
     dtype: str
+    absent_ids: tuple[int, ...] = ()
 
 
 def configured(
@@ -97,30 +112,15 @@ def configured(
     return GenerationConfig(
         num_samples=settings.num_samples if num_samples is None else num_samples,
         max_new_tokens=settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        eos_ids=(policy.tokenizer.eos_id,),
+        eos_ids=policy.tokenizer.end_ids,
         pad_id=policy.tokenizer.pad_id,
         temperature=settings.temperature if temperature is None else temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         feature_stack=policy.feature_stack,
         dtype=dtype,
+        absent_ids=policy.tokenizer.absent_ids(policy.config.vocab_size),
     )
-
-
-def texts_of(tokenizer: Tokenizer) -> Callable[[Candidates], list[list[str]]]:
-    """Returns the function that decodes candidates for people and oracles; learning uses the ids as they were sampled.
-
-    Special tokens are left out, and the texts stripped.
-    """
-
-    def decode(candidates: Candidates) -> list[list[str]]:
-        tokens, lengths = np.asarray(candidates.tokens), np.asarray(candidates.lengths)
-        return [
-            [tokenizer.decode(ids[:length].tolist()).strip() for ids, length in zip(*row, strict=True)]
-            for row in zip(tokens, lengths, strict=True)
-        ]
-
-    return decode
 
 
 class _State(NamedTuple):
@@ -191,10 +191,11 @@ def choose(
     logits: Float32[Array, "N V"], key: PRNGKeyArray, sampling: GenerationConfig
 ) -> tuple[Int32[Array, " N"], Float32[Array, " N"]]:
     """Draws one token per row and returns its log-prob at temperature 1, unrestricted: the learner's own."""
+    there = logits.at[:, jnp.array(sampling.absent_ids)].set(-jnp.inf) if sampling.absent_ids else logits
     if sampling.temperature == 0:
-        token = logits.argmax(-1).astype(jnp.int32)
+        token = there.argmax(-1).astype(jnp.int32)
     else:
-        scaled = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        scaled = restrict(there / sampling.temperature, sampling.top_k, sampling.top_p)
         token = draw(scaled, jax.random.uniform(key, logits.shape[:1]))
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)

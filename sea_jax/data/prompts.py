@@ -1,8 +1,9 @@
 """Prompts: how they are split, rendered and put into the batches of token ids that a run reads."""
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypedDict
 
@@ -16,7 +17,7 @@ from sea_jax.data.conversations import Conversation, messages_of
 from sea_jax.data.near_duplicates import exact_repeats, near_repeats
 from sea_jax.data.records import Columns, Record, check_characters, digest
 from sea_jax.models.tokenizer import Tokenizer
-from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, NOT_NEGATIVE, one_of, setting
+from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, NOT_NEGATIVE, naming, one_of, setting
 
 # The sources that are files.
 FILES = ("jsonl", "csv", "parquet")
@@ -38,6 +39,14 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 }
 
 CHARACTERS_SHOWN = 80  # of a prompt in a message
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object, or nothing."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,17 @@ class DataSettings:
     )
     chat: bool = setting(False, "wrap the filled template into the tokenizer's chat template")
     system: str = setting("", 'system message of the chat template where a prompt has none of its own; "": none')
+    chat_arguments: str = setting(
+        "",
+        'further arguments of the chat template, a JSON object such as {"enable_thinking": false}; "": none',
+        (_is_object, "a JSON object"),
+    )
+    special_tokens: str = setting(
+        "text",
+        'special tokens that prompts and references have in writing: they stay "text", or become "tokens"',
+        one_of("text", "tokens"),
+        before="tokens",
+    )
     num_prompts: int = setting(
         0, "training prompts used, a fixed random sample where they are split by hash; 0: all", NOT_NEGATIVE
     )
@@ -121,6 +141,11 @@ class DataSettings:
             yield (
                 f"config.data.rejected_field={self.rejected_field!r}: data.reference_field must name the field of the "
                 "response that was chosen"
+            )
+        if self.chat_arguments and _is_object(self.chat_arguments) and not self.chat:
+            yield (
+                f"config.data.chat_arguments={self.chat_arguments!r}: only a chat template takes them; set "
+                "config.data.chat=True"
             )
         if self.system and not self.chat:
             yield (
@@ -317,71 +342,87 @@ def load_prompts(
       training: False: no prompts to train on are needed.
     """
     train, heldout = records or load_records(settings)
-    render_some = partial(
-        render_all,
-        tokenizer=tokenizer,
-        template=settings.template,
-        chat=settings.chat,
-        system=settings.system,
-        max_prompt_tokens=settings.max_prompt_tokens,
-    )
     return (
-        render_some(train, limit=settings.num_prompts) if training else [],
-        render_some(heldout, limit=num_heldout),
+        render_all(train, tokenizer, settings, settings.num_prompts) if training else [],
+        render_all(heldout, tokenizer, settings, num_heldout),
     )
 
 
-def render(prompt: str, tokenizer: Tokenizer, *, template: str, chat: bool, system: str = "") -> list[int]:
-    """Returns the token ids of a prompt as the model reads it, ready to be continued with a response.
+class Written(NamedTuple):
+    """What a model reads, in writing.
+
+    Attributes:
+      text: special tokens included, but for a BOS that the tokenizer adds by itself.
+      is_chat: its chat template wrote it, with whatever stands around it.
+    """
+
+    text: str
+    is_chat: bool
+
+
+def write(prompt: str, tokenizer: Tokenizer, settings: DataSettings, answer: str = "") -> Written:
+    """Returns a prompt as the model reads it.
 
     A conversation is read as it is, in the tokenizer's chat template.
 
     Args:
-      prompt: of a record.
+      prompt: of a record; braces in it are left alone.
       tokenizer: the model's.
-      template: a text with `{prompt}` in it once, which the prompt takes the place of; other braces are left alone.
-      chat: make the result a user's turn in the tokenizer's chat template.
-      system: the system message before that turn, or before a conversation that has none; "": what the chat template does
-        without one; not read unless `chat`.
+      settings: DataSettings; without a system message, the chat template does what it does without one.
+      answer: the assistant's turn behind it in a chat; "": where one begins.
     """
+    quote: Callable[[str], str] = tokenizer.quoted if settings.special_tokens == "text" else str
     if not isinstance(prompt, Conversation):
-        prompt = template.replace("{prompt}", prompt)
-        if not chat:
-            return tokenizer.encode(prompt)
-    messages = messages_of(prompt)
-    if system and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": system}, *messages)
+        prompt = settings.template.replace("{prompt}", quote(prompt))
+        if not settings.chat:
+            return Written(prompt, False)
+        turns = [*messages_of(prompt)]
+    else:
+        turns = [{**message, "content": quote(message["content"])} for message in messages_of(prompt)]
+    if settings.system and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": settings.system})
+    if answer:
+        turns.append({"role": "assistant", "content": quote(answer)})
+    with naming("data.chat", settings.chat):
+        return Written(with_arguments(tokenizer, settings).chat(turns, generation_prompt=not answer), True)
+
+
+def with_arguments(tokenizer: Tokenizer, settings: DataSettings) -> Tokenizer:
+    """Returns a tokenizer whose chat template is given the settings' arguments."""
+    return replace(tokenizer, chat_arguments=json.loads(settings.chat_arguments or "{}"))
+
+
+def encode(written: Written, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of what is ready to be continued with a response."""
     # The chat template writes the BOS itself where the model wants one.
-    return tokenizer.encode(tokenizer.chat(messages), add_special=False)
+    return tokenizer.encode(written.text, add_special=not written.is_chat, goes_on=True)
+
+
+def render(prompt: str, tokenizer: Tokenizer, settings: DataSettings) -> list[int]:
+    """Returns the token ids of a prompt as the model reads it, ready to be continued with a response; see `write`."""
+    return encode(write(prompt, tokenizer, settings), tokenizer)
 
 
 def render_all(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    template: str,
-    chat: bool,
-    system: str = "",
-    max_prompt_tokens: int,
-    limit: int = 0,
+    records: Sequence[Record], tokenizer: Tokenizer, settings: DataSettings, limit: int = 0
 ) -> list[Rendered]:
     """Returns the records that fit into a number of tokens, rendered, in their order; says in the log how many do not.
 
     Args:
       records: what to render.
-      tokenizer, template, chat, system: as in `render`.
-      max_prompt_tokens: longer prompts are left out.
+      tokenizer, settings: as in `write`.
       limit: those behind the first so many that fit are not looked at; 0: all are.
 
     Raises:
-      ValueError: no record is left.
+      ValueError: no record is left, or one has a token that the model does not know.
     """
     if not records:
         raise ValueError("there are no prompts to render")
+    max_prompt_tokens = settings.max_prompt_tokens
     kept: list[Rendered] = []
     lengths: list[int] = []
     for record in records:
-        tokens = render(record["prompt"], tokenizer, template=template, chat=chat, system=system)
+        tokens = render(record["prompt"], tokenizer, settings)
         lengths.append(len(tokens))
         if len(tokens) <= max_prompt_tokens:
             kept.append(Rendered(record, tokens))
@@ -393,7 +434,26 @@ def render_all(
             f"{min(lengths)} to {max(lengths)} tokens"
         )
     logging.info("%d of %d prompts are over %d tokens", len(lengths) - len(kept), len(lengths), max_prompt_tokens)
+    _tell_special_tokens(kept, tokenizer, settings)
     return kept
+
+
+def _tell_special_tokens(rendered: Sequence[Rendered], tokenizer: Tokenizer, settings: DataSettings) -> None:
+    """Says in the log how many prompts have special tokens in writing, and refuses one that the model does not know."""
+    spelt = {token: sum(token in one.record["prompt"] for one in rendered) for token in tokenizer.special_tokens}
+    if settings.special_tokens == "text" and any(spelt.values()):
+        most = max(spelt, key=lambda token: spelt[token])
+        logging.warning(
+            "%d of %d prompts have %s in writing, which stays text; data.special_tokens=tokens makes it a token",
+            *(spelt[most], len(rendered), most),
+        )
+    highest = max((token for one in rendered for token in one.tokens), default=0)
+    if highest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"config.data.special_tokens={settings.special_tokens}: a prompt has the token "
+            f"{tokenizer.decode([highest], skip_special=False)}, {highest}, of which the model has no embedding; set it to "
+            "text, or take it out of the data and the templates"
+        )
 
 
 def collate(rendered: Sequence[Rendered], pad_id: int, bucket: int) -> Batch:

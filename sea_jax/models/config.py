@@ -1,5 +1,6 @@
 """What a model is: sizes and options of a decoder or an encoder, static under jit."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,8 @@ class ModelConfig:
       d_ff: hidden features of the MLP.
       activation: of the MLP, a key of layers.ACTIVATIONS.
       norm_eps: added to the variance, or mean square, in norms.
-      max_positions: longest sequence in tokens that the model was made for; read by some rope scaling rules.
+      max_positions: longest sequence in tokens that the model was made for, but for some rope scaling rules, which read it.
+      window: tokens that some layers attend to, in longer sequences than `longest_sequence`; None: all layers to all.
       rope_theta: base of the rotary frequencies.
       rope_fraction: share of each head's features that is rotated (GPT-NeoX), or of the frequencies (Proportional).
       rope_scaling: how the frequencies are changed for longer sequences, None for not at all.
@@ -53,6 +55,19 @@ class ModelConfig:
     mlp_bias: bool = False
     scalar_head: bool = False
     init_std: float = 0.02
+    window: int | None = None
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the layers here read as those of the model do."""
+        match self.rope_scaling:
+            case rope.Linear(factor) | rope.Dynamic(factor):
+                reach = int(self.max_positions * factor)
+            case rope.Yarn(factor=factor, original_max_positions=original):
+                reach = max(self.max_positions, int(original * factor))
+            case _:
+                reach = self.max_positions
+        return min(reach, self.window or reach)
 
     @property
     def norm(self) -> Literal["rms", "layer"]:
@@ -129,6 +144,8 @@ class DebertaConfig:
       norm_relative: whether the embeddings of distances pass a layer norm.
       conv_width: tokens that a convolution beside the first layer sees, an odd number; 0 for no convolution.
       conv_activation: of the convolution, a key of layers.ACTIVATIONS.
+      scalar_head: whether one score is read off the first token (a reward model).
+      pooler_activation: of the layer before the score, a key of layers.ACTIVATIONS.
       init_std: standard deviation of freshly drawn matrices.
     """
 
@@ -150,7 +167,19 @@ class DebertaConfig:
     norm_relative: bool
     conv_width: int = 0
     conv_activation: str = "tanh"
+    scalar_head: bool = False
+    pooler_activation: str = "gelu"
     init_std: float = 0.02
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Every head has keys and values of its own."""
+        return self.num_heads
+
+    @property
+    def longest_sequence(self) -> float:
+        """Tokens of the longest sequence that there are positions for; relative ones have no end."""
+        return self.max_positions if self.absolute_positions else math.inf
 
     @property
     def relative_span(self) -> int:

@@ -21,7 +21,8 @@ def abstract(config: DebertaConfig) -> Params:
     Returns:
       {"embed": {"word": [V, d], "position": [positions, d], "token_type": [types, d]}, "embed_norm": {...},
       "relative": [2 span, d], "relative_norm": {...}, "conv": {"kernel": [width, d, d], "bias": [d]}, "conv_norm": {...},
-      "stacks": (one dict of [L, ...] leaves,)}, without those that the configuration switches off.
+      "stacks": (one dict of [L, ...] leaves,), "pooler": {"kernel": [d, d], "bias": [d]}, "classifier": {"kernel": [d, 1],
+      "bias": [1]}}, without those that the configuration switches off.
     """
     weight, d = normal(config.init_std), config.d_model
     layers = encoder.layers(config.num_layers, d, config.d_ff, weight)
@@ -47,6 +48,12 @@ def abstract(config: DebertaConfig) -> Params:
     if config.conv_width:
         kernel = ParamSpec((config.conv_width, d, d), (None, None, "embed"), weight)
         tree |= {"conv": {"kernel": kernel, "bias": ParamSpec((d,), ("embed",), zeros)}, "conv_norm": norm(d)}
+    if config.scalar_head:
+        tree["pooler"] = {"kernel": ParamSpec((d, d), ("embed", None), weight), "bias": ParamSpec((d,), (None,), zeros)}
+        tree["classifier"] = {
+            "kernel": ParamSpec((d, 1), (None, None), weight),
+            "bias": ParamSpec((1,), (None,), zeros),
+        }
     return tree
 
 

@@ -7,7 +7,7 @@ import jax
 from absl import logging
 from jax.sharding import AxisType, Mesh
 
-from sea_jax.models.config import ModelConfig
+from sea_jax.models.config import DebertaConfig, ModelConfig
 from sea_jax.models.partition import MESH_AXES
 
 
@@ -60,7 +60,9 @@ def mesh_sizes(mesh: Mesh) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def check_divides(mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, ModelConfig]) -> None:
+def check_divides(
+    mesh: Mesh, batch_sizes: Mapping[str, int], models: Mapping[str, ModelConfig | DebertaConfig]
+) -> None:
     """Refuses batches and models that a mesh does not divide evenly.
 
     Args:

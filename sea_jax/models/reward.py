@@ -1,43 +1,62 @@
-"""Reward models: a decoder whose last norm is followed by one score, ...ForSequenceClassification in transformers."""
+"""Reward models: a decoder or DeBERTa that ends in one score, ...ForSequenceClassification in transformers."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int
 
-from sea_jax.models import decoder, partition
-from sea_jax.models.config import Config, ModelConfig
+from sea_jax.models import deberta, decoder, partition
+from sea_jax.models.config import Config, DebertaConfig, ModelConfig
+from sea_jax.models.layers import ACTIVATIONS, linear
 from sea_jax.types import AnyArray, Array, Params
 
 
-def check(config: Config) -> ModelConfig:
+def check(config: Config) -> ModelConfig | DebertaConfig:
     """Returns a reward model's configuration; refuses any other.
 
     Raises:
       ValueError: the model has no scalar head.
     """
-    if isinstance(config, ModelConfig) and config.scalar_head:
+    if isinstance(config, ModelConfig | DebertaConfig) and config.scalar_head:
         return config
     found = "a decoder with an unembedding" if isinstance(config, ModelConfig) else "an encoder"
     raise ValueError(
         "expected a reward model, whose config.json field 'architectures' names LlamaForSequenceClassification or the "
-        f"like, found {found}"
+        f"like, with one label, found {found}"
     )
 
 
+def reads_left_padded(config: ModelConfig | DebertaConfig) -> bool:
+    """Returns whether sequences are padded on the left, so that all end together, or on the right, so that all begin so."""
+    return isinstance(config, ModelConfig)
+
+
 def apply(
-    params: Params, config: ModelConfig, tokens: Int[AnyArray, "N S"], valid: Bool[AnyArray, "N S"], *, dtype: Any
+    params: Params,
+    config: ModelConfig | DebertaConfig,
+    tokens: Int[AnyArray, "N S"],
+    valid: Bool[AnyArray, "N S"],
+    *,
+    dtype: Any,
 ) -> Float32[Array, " N"]:
     """Scores sequences by what the model says at their last token (https://arxiv.org/abs/2203.02155, section 3.5).
 
+    DeBERTa says it at the first, behind a layer that is made for it.
+
     Args:
-      params: the reward model's, see `decoder.abstract`.
+      params: the reward model's, see `hf.abstract`.
       config: its configuration, with a scalar head.
-      tokens: padded on the left.
+      tokens: padded as `reads_left_padded` says.
       valid: False on padding.
       dtype: in which the layers compute; the score is float32.
     """
     tokens, valid = partition.batches((tokens, valid))
+    if isinstance(config, DebertaConfig):
+        first = deberta.apply(params, config, tokens, valid, dtype=dtype)[:, 0]
+        pooled = ACTIVATIONS[config.pooler_activation](linear(first, params["pooler"])).astype(jnp.float32)
+        head = params["classifier"]
+        scores = pooled @ head["kernel"].astype(jnp.float32) + head["bias"].astype(jnp.float32)
+        return partition.whole(scores[:, 0])
     streams = decoder.embed(params, config, tokens, valid, dtype=dtype)
     for stack in params["stacks"]:
         streams, _ = decoder.run_stack(stack, config, streams)

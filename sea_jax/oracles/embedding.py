@@ -29,7 +29,8 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], Float32[np.ndarray, "N
     loaded = hf.load(source)
     if not isinstance(loaded.config, EncoderConfig):
         raise ValueError(f"expected a BERT encoder, found a {loaded.config.family}")
-    config, own_tokenizer = loaded.config, tokenizer.load(loaded.directory)
+    config = loaded.config
+    own_tokenizer = tokenizer.fitted(tokenizer.load(loaded.directory), config.vocab_size)
     params, max_tokens = jax.device_put(loaded.params), config.max_positions
 
     @jax.jit
@@ -38,7 +39,7 @@ def embed_texts(source: str) -> Callable[[Sequence[str]], Float32[np.ndarray, "N
         return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 
     def apply(texts: Sequence[str]) -> Float32[np.ndarray, "N d"]:
-        ids = [own_tokenizer.encode(text, max_length=max_tokens) for text in texts]
+        ids = [own_tokenizer.encode(own_tokenizer.quoted(text), max_length=max_tokens) for text in texts]
         result = np.zeros((len(ids), config.d_model), np.float32)
         for rows, tokens, valid in batching.by_length(
             ids, batch_size=ENCODER_BATCH, bucket=ENCODER_BUCKET, pad_id=own_tokenizer.pad_id, longest=max_tokens

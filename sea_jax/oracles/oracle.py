@@ -1,5 +1,6 @@
 """From the settings to who labels."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +27,8 @@ from sea_jax.settings import (
 )
 from sea_jax.types import Oracle, Preference
 
+KINDS = ("embedding", "reward_model", "remote")
+
 
 @dataclass(frozen=True)
 class OracleSettings:
@@ -34,7 +37,7 @@ class OracleSettings:
     kind: str = setting(
         "embedding",
         '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference',
-        one_of_or_user(("embedding", "reward_model", "remote")),
+        one_of_or_user(KINDS),
     )
     encoder: str = setting("builtin:all-minilm-l6-v2", "of the embedding oracle")
     reward_model: str = setting("", "sequence classifier with one label, given as policy.source is")
@@ -51,7 +54,12 @@ class OracleSettings:
         AT_LEAST_1,
         unit="tokens",
     )
-    scale: float = setting(10.0, "of the reward or similarity, inside Bradley-Terry's sigmoid", POSITIVE)
+    scale: float = setting(
+        0.0,
+        "times the reward or similarity, inside Bradley-Terry's sigmoid; 0: 1 for a reward model, whose scores are logits, and "
+        "10 for the similarity, a cosine",
+        (lambda v: 0 <= v < math.inf, "a finite number of 0 or more"),
+    )
     label: str = setting(
         "deterministic",
         '"deterministic": who is preferred wins; "bradley_terry": drawn; "soft": the probability itself',
@@ -67,6 +75,11 @@ class OracleSettings:
             yield "config.oracle.urls='': oracle.kind=remote needs the URL of a server, or several separated by commas"
 
 
+def own_scale(settings: OracleSettings) -> float:
+    """Returns what rewards are multiplied by, where nothing is set as the kind of oracle wants it."""
+    return settings.scale or (1.0 if settings.kind in ("reward_model", "remote") else 10.0)
+
+
 def preference(settings: OracleSettings, token_file: str = "", now: datetime | None = None) -> Preference:
     """Returns the taste behind the oracle, free of noise.
 
@@ -77,7 +90,7 @@ def preference(settings: OracleSettings, token_file: str = "", now: datetime | N
     """
     if settings.kind == "embedding":
         with naming("oracle.encoder", settings.encoder):
-            return preferences.by_reward(embedding_similarity(settings.encoder), settings.scale)
+            return preferences.by_reward(embedding_similarity(settings.encoder), own_scale(settings))
     if settings.kind == "reward_model":
         with naming("oracle.reward_model", settings.reward_model):
             scores = reward_model_scores(
@@ -87,12 +100,12 @@ def preference(settings: OracleSettings, token_file: str = "", now: datetime | N
                 max_tokens=settings.max_tokens,
                 now=now,
             )
-        return preferences.by_reward(scores, settings.scale)
+        return preferences.by_reward(scores, own_scale(settings))
     if settings.kind == "remote":
         served = remote_scores(settings, token_file)
         with naming("oracle.reward_model", settings.reward_model):
             scores = remote_reward(served, settings.reward_model, settings.max_tokens, now)
-        return processes.asked_by_first(preferences.by_reward(scores, settings.scale))
+        return processes.asked_by_first(preferences.by_reward(scores, own_scale(settings)))
     return processes.asked_by_first(user_function(settings.kind, "oracle.kind"))
 
 
@@ -112,4 +125,6 @@ def remote_scores(settings: OracleSettings, token_file: str) -> Callable[[list[l
 def oracle(settings: OracleSettings, taste: Preference) -> Oracle:
     """Returns who labels the duels by a taste: with the settings' kind of label and noise."""
     labeller = preferences.labelled(taste, preferences.LABELS[settings.label])
+    if settings.label != "deterministic" and settings.kind in KINDS:
+        labeller = preferences.told_if_certain(labeller, own_scale(settings))
     return preferences.flipped(labeller, settings.flip_probability) if settings.flip_probability else labeller

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Float64, Int, Key
 from scipy.special import expit
 
@@ -157,6 +158,42 @@ def _wants_keys(preference: Preference) -> bool:
             "None, since win rates are measured without"
         )
     return keys is not None
+
+
+SEEN, CERTAIN = 64, 0.95  # pairs after which a share of certain ones is told
+
+
+def told_if_certain(oracle: Oracle, scale: float) -> Oracle:
+    """Says once in the log if nearly all probabilities are 0 or 1, so that there is nothing to draw.
+
+    Args:
+      oracle: asked as it is.
+      scale: what its rewards are multiplied by.
+    """
+    seen, certain, told = 0, 0, False
+
+    def watched(
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: Bool[np.ndarray, " N"],
+        keys: Keys,
+        asks: Sequence[str],
+    ) -> Iterator[Judgement]:
+        nonlocal seen, certain, told
+        for judgement in oracle(prompts, first, second, swapped, keys, asks):
+            seen += len(judgement.probability)
+            certain += int((np.abs(judgement.probability - 0.5) > 0.499).sum())
+            if not told and seen >= SEEN and certain >= CERTAIN * seen:
+                told = True
+                logging.warning(
+                    "%d of the oracle's %d probabilities are 0 or 1 to three digits: its labels are as good as deterministic; "
+                    "lower config.oracle.scale (%g) if they should not be",
+                    *(certain, seen, scale),
+                )
+            yield judgement
+
+    return watched
 
 
 def flipped(oracle: Oracle, flip_probability: float) -> Oracle:

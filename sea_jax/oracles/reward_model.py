@@ -14,42 +14,54 @@ from jaxtyping import Float64, Real
 
 from sea_jax.data import batching
 from sea_jax.data.conversations import messages_of, without_beginning
-from sea_jax.models import decoder, partition, tokenizer
+from sea_jax.models import partition, tokenizer
 from sea_jax.models import reward as reward_models
 from sea_jax.models.checkpoints import hf
-from sea_jax.models.config import ModelConfig
+from sea_jax.models.config import DebertaConfig, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.types import Reward
 
 REWARD_BUCKET = 64  # tokens; texts of a reward model are padded to a multiple of it
 
 
-def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> Callable[[str, str], list[int]]:
+def conversation_encoder(
+    directory: Path, tokenizer: Tokenizer, max_tokens: int, *, as_pair: bool
+) -> Callable[[str, str], list[int]]:
     """Returns how a prompt and its response become the token ids that a reward model reads.
 
     They become the turns of user and assistant in its tokenizer's chat template, those of a conversation as they are; without
     a template, one text with a
     space between them, unless there is one, and the EOS behind it (TL;DR models). It ends with the last token that is
-    not the padding token of its config.json: there transformers reads the score.
+    not the padding token of its config.json: there transformers reads the score. An encoder reads them as a pair,
+    [CLS] prompt [SEP] response [SEP].
 
     Args:
       directory: holds the reward model's config.json.
       tokenizer: its own.
       max_tokens: of prompt and response together; the beginning of a longer prompt is cut. A response that alone is
         longer stays whole.
+      as_pair: the reward model is an encoder.
     """
     padding = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
 
     def encode(prompt: str, response: str) -> list[int]:
-        shown = prompt if tokenizer.backend.chat_template else str(prompt)  # of a conversation, its text
+        shown = (
+            prompt if tokenizer.backend.chat_template and not as_pair else str(prompt)
+        )  # of a conversation, its text
 
         def without(dropped: int) -> list[int]:
-            return _conversation(tokenizer, without_beginning(shown, dropped), response)
+            kept = without_beginning(shown, dropped)
+            if as_pair:
+                first, second = (tokenizer.encode(tokenizer.quoted(text)) for text in (kept, response))
+                return first + second[1:]
+            return _conversation(tokenizer, kept, response)
 
         ids = without(0)
         if len(ids) > max_tokens:
             # By characters rather than tokens, since a token may be a part of a character.
             ids = without(bisect.bisect_left(range(len(prompt)), True, key=lambda n: len(without(n)) <= max_tokens))
+        if as_pair:
+            return ids
         end = max((i for i, token in enumerate(ids) if token != padding), default=0)
         return ids[: end + 1]
 
@@ -59,7 +71,7 @@ def conversation_encoder(directory: Path, tokenizer: Tokenizer, max_tokens: int)
 def reward_model_scores(
     source: str, *, dtype: str, batch_size: int, max_tokens: int, now: datetime | None = None
 ) -> Reward:
-    """The scores of a reward model, a decoder with a scalar head such as Skywork-Reward-Llama-3.1-8B.
+    """The scores of a reward model, such as Skywork-Reward-Llama-3.1-8B or OpenAssistant's reward-model-deberta-v3-large-v2.
 
     Args:
       source: the reward model, anything that `hf.load` takes.
@@ -72,16 +84,16 @@ def reward_model_scores(
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
     directory = hf.locate(source)
-    config, own_tokenizer = _read(directory, now)
-    params = partition.put(hf.load(directory).params, decoder.abstract(config), dtype)
-    encode = conversation_encoder(directory, own_tokenizer, max_tokens)
+    config, own_tokenizer, encode = read_conversations(directory, max_tokens, now, weights=True)
+    params = partition.put(hf.load(directory).params, hf.abstract(config), dtype)
+    left = reward_models.reads_left_padded(config)
     score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         result = np.zeros(len(ids), np.float64)
         for rows, tokens, valid in batching.by_length(
-            ids, batch_size=batch_size, bucket=REWARD_BUCKET, pad_id=own_tokenizer.pad_id, left=True
+            ids, batch_size=batch_size, bucket=REWARD_BUCKET, pad_id=own_tokenizer.pad_id, left=left
         ):
             result[rows] = np.asarray(score(params, tokens=tokens, valid=valid))[: len(rows)]
         return result
@@ -106,9 +118,7 @@ def remote_reward(
     Raises:
       ValueError: the source is not a reward model, or its tokenizer does not fit it.
     """
-    directory = hf.locate(source, weights=False)
-    _, own_tokenizer = _read(directory, now)
-    encode = conversation_encoder(directory, own_tokenizer, max_tokens)
+    *_, encode = read_conversations(hf.locate(source, weights=False), max_tokens, now, weights=False)
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -120,19 +130,44 @@ def remote_reward(
     return apply
 
 
-def _read(directory: Path, now: datetime | None) -> tuple[ModelConfig, Tokenizer]:
-    """Reads what a reward model is, and its tokenizer, which must fit it."""
-    config, own_tokenizer = reward_models.check(hf.read_config(directory)), tokenizer.load(directory)
-    tokenizer.check(own_tokenizer, config.vocab_size)
-    return config, replace(own_tokenizer, now=now)
+def read_conversations(
+    directory: Path, max_tokens: int, now: datetime | None = None, *, weights: bool
+) -> tuple[ModelConfig | DebertaConfig, Tokenizer, Callable[[str, str], list[int]]]:
+    """Reads what a reward model is, without its weights, and how it reads conversations.
+
+    Args:
+      directory: holds its config.json and tokenizer.
+      max_tokens: of prompt and response together, see `conversation_encoder`.
+      now: the time that its chat template is told; None: that of the clock.
+      weights: they will be read here.
+
+    Returns:
+      Its configuration, its tokenizer and the encoder.
+
+    Raises:
+      ValueError: it is no reward model, its tokenizer does not fit it, its chat template takes no conversation, or it was
+        made for shorter ones.
+    """
+    config = reward_models.check(hf.read_config(directory, weights=weights))
+    if max_tokens > config.longest_sequence:
+        raise ValueError(
+            f"it was made for sequences of up to {config.longest_sequence} tokens, but oracle.max_tokens={max_tokens}: set it "
+            "to no more than that"
+        )
+    own_tokenizer = replace(tokenizer.fitted(tokenizer.load(directory), config.vocab_size), now=now)
+    as_pair = isinstance(config, DebertaConfig)
+    encode = conversation_encoder(directory, own_tokenizer, max_tokens, as_pair=as_pair)
+    encode("Q", "A")  # a template that takes no conversation says so now
+    return config, own_tokenizer, encode
 
 
 def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
     """The token ids of a prompt and its response as a reward model reads them."""
     if tokenizer.backend.chat_template:
-        turns = [*messages_of(prompt), {"role": "assistant", "content": response}]
+        said = [*messages_of(prompt), {"role": "assistant", "content": response}]
+        turns = [{**message, "content": tokenizer.quoted(message["content"])} for message in said]
         # The template writes the BOS.
         return tokenizer.encode(tokenizer.chat(turns, generation_prompt=False), add_special=False)
     apart = prompt[-1:].isspace() or response[:1].isspace()
-    ids = tokenizer.encode(f"{prompt}{'' if apart else ' '}{response}")
+    ids = tokenizer.encode(f"{tokenizer.quoted(prompt)}{'' if apart else ' '}{tokenizer.quoted(response)}")
     return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]

@@ -18,7 +18,7 @@ from sea_jax.types import OtherVersion
 from tests.support import tiny
 
 HOW = tiny.generation_config(
-    num_samples=2, max_new_tokens=4, eos_ids=(3,), pad_id=9, temperature=0.7, top_k=5, top_p=0.9
+    num_samples=2, max_new_tokens=4, eos_ids=(3,), pad_id=9, temperature=0.7, top_k=5, top_p=0.9, absent_ids=(31, 36)
 )
 FROZEN, TRAINED = decoder.divide(tiny.params(cuts=(2,)), 1)
 
@@ -104,6 +104,7 @@ def test_what_is_asked_for_depends_on_the_prompts_and_the_key_alone():
         "num_samples": 2,
         "max_new_tokens": 4,
         "eos_ids": (3,),
+        "absent_ids": (31, 36),
         "vocab_size": 37,
         "temperature": 0.7,
         "top_k": 5,

@@ -298,6 +298,16 @@ def test_temperature_shapes_the_draw_but_not_the_log_prob():
     np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
 
 
+def test_rows_that_are_no_token_are_never_drawn_and_count_in_the_log_probs():
+    logits = np.array([5.0, 1.0, 4.0, 0.0, 6.0], np.float32)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (500, 5))
+    for temperature in (0.0, 1.0):
+        sampling = dataclasses.replace(GREEDY, temperature=temperature, absent_ids=(0, 4))
+        token, logprob = generation.choose(rows, jax.random.key(0), sampling)
+        assert set(np.asarray(token)) == ({1, 2, 3} if temperature else {2})
+        np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
+
+
 def test_temperature_0_takes_the_most_probable_token():
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.9]])
     token, logprob = generation.choose(logits, jax.random.key(0), GREEDY)

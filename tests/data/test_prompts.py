@@ -33,6 +33,7 @@ from sea_jax.data.prompts import (
 )
 from sea_jax.data.records import Columns, Record, digest
 from sea_jax.models.tokenizer import Tokenizer
+from sea_jax.settings import faults as settings_faults
 
 
 def record(prompt: str) -> Record:
@@ -205,32 +206,32 @@ def test_the_source_and_its_fields_choose_what_is_read(monkeypatch: pytest.Monke
 
 
 def test_a_template_surrounds_the_prompt(byte_tokenizer: Tokenizer) -> None:
-    ids = render("a{b}", byte_tokenizer, template='{"q": {prompt}}', chat=False)
+    ids = render("a{b}", byte_tokenizer, DataSettings(template='{"q": {prompt}}', chat=False))
     assert byte_tokenizer.decode(ids) == '{"q": a{b}}'
 
 
 def test_a_prompt_that_mentions_the_placeholder_is_left_alone(byte_tokenizer: Tokenizer) -> None:
-    ids = render("{prompt}", byte_tokenizer, template="<{prompt}>", chat=False)
+    ids = render("{prompt}", byte_tokenizer, DataSettings(template="<{prompt}>", chat=False))
     assert byte_tokenizer.decode(ids) == "<{prompt}>"
 
 
 def test_a_chat_has_its_special_tokens_once(byte_tokenizer: Tokenizer) -> None:
-    ids = render("a", byte_tokenizer, template="Do {prompt}", chat=True, system="Be brief.")
+    ids = render("a", byte_tokenizer, DataSettings(template="Do {prompt}", chat=True, system="Be brief."))
     assert byte_tokenizer.decode(ids, skip_special=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nDo a<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids.count(1) == 3
-    assert 1 not in render("a", byte_tokenizer, template="{prompt}", chat=False)
+    assert 1 not in render("a", byte_tokenizer, DataSettings(template="{prompt}", chat=False))
 
 
 def test_a_conversation_is_read_as_it_is(byte_tokenizer: Tokenizer) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     own = [{"role": "system", "content": "Be kind."}, *turns]
     for messages, system, expected in ((turns, "", turns), (own, "Be brief.", own), (own[1:], "Be kind.", own)):
-        ids = render(Conversation(messages), byte_tokenizer, template="{prompt}", chat=True, system=system)
+        ids = render(Conversation(messages), byte_tokenizer, DataSettings(chat=True, system=system))
         assert ids == byte_tokenizer.encode(byte_tokenizer.chat(expected), add_special=False)
-    alone = render(Conversation(turns[:1]), byte_tokenizer, template="{prompt}", chat=True)
-    assert alone == render("a", byte_tokenizer, template="{prompt}", chat=True)
+    alone = render(Conversation(turns[:1]), byte_tokenizer, DataSettings(chat=True))
+    assert alone == render("a", byte_tokenizer, DataSettings(chat=True))
 
 
 def test_conversations_need_a_chat_template_and_nothing_around_them(tmp_path: Path) -> None:
@@ -263,22 +264,55 @@ def test_a_chat_has_no_bos_but_what_its_template_writes(byte_tokenizer: Tokenize
     backend.chat_template = "[{{ messages[0]['content'] }}]"
     beginning = dataclasses.replace(byte_tokenizer, backend=backend)
     expected = byte_tokenizer.encode("[a]")
-    assert render("[a]", beginning, template="{prompt}", chat=False) == [1, *expected]
-    assert render("a", beginning, template="{prompt}", chat=True) == expected
+    assert render("[a]", beginning, DataSettings(template="{prompt}", chat=False)) == [1, *expected]
+    assert render("a", beginning, DataSettings(template="{prompt}", chat=True)) == expected
 
 
 def test_long_prompts_are_left_out_and_counted(byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     records = [record("x" * length) for length in (5, 3, 4, 9)]
     with caplog.at_level(logging.INFO, logger="absl"):
-        kept = render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=4)
+        kept = render_all(records, byte_tokenizer, DataSettings(template="{prompt}", chat=False, max_prompt_tokens=4))
     assert [len(one.tokens) for one in kept] == [3, 4]
     assert [one.record for one in kept] == records[1:3]
     assert "2 of 4 prompts are over 4 tokens" in caplog.text
     with mock.patch.object(prompts_module, "render", wraps=render) as rendering:
-        first = render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=4, limit=1)
+        first = render_all(records, byte_tokenizer, DataSettings(max_prompt_tokens=4), limit=1)
     assert (first, rendering.call_count) == (kept[:1], 2)
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens is 2.*from 3 to 9 tokens"):
-        render_all(records, byte_tokenizer, template="{prompt}", chat=False, max_prompt_tokens=2)
+        render_all(records, byte_tokenizer, DataSettings(template="{prompt}", chat=False, max_prompt_tokens=2))
+
+
+def test_special_tokens_in_a_prompt_stay_text_unless_a_setting_says_otherwise(
+    byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [record("hi"), record("a<|im_end|>b")]
+    for chat in (True, False):
+        _, found = render_all(records, byte_tokenizer, DataSettings(chat=chat, template="{prompt}<|im_start|>"))
+        assert found.tokens.count(2) == chat
+        assert found.tokens.count(1) == 1 + 2 * chat  # what is no data has its special tokens
+        assert "a<|im_end|>b" in byte_tokenizer.decode(found.tokens)
+        tokens = DataSettings(chat=chat, template="{prompt}<|im_start|>", special_tokens="tokens")
+        assert render("a<|im_end|>b", byte_tokenizer, tokens).count(2) == 1 + chat
+    assert "1 of 2 prompts have <|im_end|> in writing, which stays text; data.special_tokens=tokens" in caplog.text
+
+
+def test_a_special_token_that_the_model_does_not_know_is_refused(byte_tokenizer: Tokenizer) -> None:
+    smaller = dataclasses.replace(byte_tokenizer, vocab_size=2)
+    with pytest.raises(
+        ValueError, match=r"config\.data\.special_tokens=tokens: a prompt has the token <\|im_end\|>, 2, of"
+    ):
+        render_all([record("<|im_end|>")], smaller, DataSettings(special_tokens="tokens"))
+
+
+def test_arguments_of_the_chat_template_are_a_json_object(byte_tokenizer: Tokenizer) -> None:
+    backend = copy.deepcopy(byte_tokenizer.backend)
+    backend.chat_template = "{{ words }}"
+    thinking = dataclasses.replace(byte_tokenizer, backend=backend)
+    ids = render("a", thinking, DataSettings(chat=True, chat_arguments='{"words": "hi"}'))
+    assert byte_tokenizer.decode(ids) == "hi"
+    bad, alone = DataSettings(chat_arguments="enable_thinking=False"), DataSettings(chat_arguments="{}")
+    assert "config.chat_arguments='enable_thinking=False': must be a JSON object" in settings_faults(bad)
+    assert any("chat_arguments='{}': only a chat template takes them" in fault for fault in alone.faults())
 
 
 # batches

@@ -19,7 +19,7 @@ from tests.support.fake import TOKEN, Fake
 PATIENCE = Patience(timeout_s=5.0, retries=3, backoff_s=0.1)
 SHORT = Patience(timeout_s=0.3, retries=1, backoff_s=0.01)
 HOW: dict[str, Any] = {"num_samples": 2, "max_new_tokens": 5, "eos_ids": (fake.EOS,), "vocab_size": fake.VOCAB_SIZE}
-HOW |= {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+HOW |= {"absent_ids": (), "temperature": 0.7, "top_k": 0, "top_p": 1.0}
 PROMPTS = [[1, 2], [4], [5, 6, 7], [8, 9], [10]]
 SEEDS = [11, 12, 13, 14, 15]
 INPUTS = [[i, 2 * i + 1] for i in range(10)]
@@ -92,6 +92,20 @@ PASSING = {
     "no object": "garbage [1, 2]",
     "nothing": "garbage {}",
 }
+
+
+def test_what_must_not_be_drawn_is_told_and_looked_for(start):
+    alone = start()
+    with pytest.raises(Unavailable, match=r"tokens: \d+ is no token, and asked was not to draw it"):
+        policy(alone, patience=SHORT).generate(
+            PROMPTS, SEEDS, protocol.INITIAL, **HOW | {"absent_ids": tuple(range(4, fake.VOCAB_SIZE))}
+        )
+    written(policy(alone))
+    first, *_, last = alone.sent(protocol.GENERATE)
+    assert first["absent_ids"] == list(range(4, fake.VOCAB_SIZE))
+    assert "absent_ids" not in last  # so that servers which do not know of it go on
+
+
 SPOILED = {
     "a token outside the vocabulary": "set responses.0.0.tokens.0 37",
     "a token that is no integer": "set responses.0.0.tokens.0 1.5",

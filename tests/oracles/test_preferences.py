@@ -17,6 +17,7 @@ from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.config import EncoderConfig, ModelConfig
 from sea_jax.oracles import preferences
 from sea_jax.oracles.embedding import ENCODER_BATCH, embed_texts, embedding_similarity
+from sea_jax.oracles.oracle import OracleSettings, own_scale
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.types import Judgement, Oracle
 from tests.support import tiny
@@ -326,6 +327,36 @@ def test_a_decoder_is_no_encoder(tmp_path):
         embed_texts(str(tmp_path / "decoder"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "set_to", "scale"),
+    [
+        ("embedding", 0.0, 10.0),
+        ("reward_model", 0.0, 1.0),
+        ("remote", 0.0, 1.0),
+        ("mine:taste", 0.0, 10.0),
+        ("remote", 3.0, 3.0),
+    ],
+)
+def test_the_scale_is_that_of_the_kind_unless_one_is_set(kind, set_to, scale):
+    assert own_scale(OracleSettings(kind=kind, scale=set_to)) == scale
+
+
+def test_an_oracle_that_is_always_certain_is_told_once(caplog):
+    def certain(prompts, first, second):
+        return np.where(np.arange(len(prompts)) < 60, 0.9995, 0.5)
+
+    keys = jax.random.split(jax.random.key(0), 64)
+    asked = ([""] * 64, ["a"] * 64, ["b"] * 64, np.zeros(64, bool), keys, [""] * 64)
+    loud = preferences.told_if_certain(preferences.labelled(certain, preferences.soft), 10.0)
+    assert [judgement.probability[0] for judgement in loud(*asked)] == [0.9995]  # 60 of 64 are fewer than 95%
+    assert not caplog.text
+    sure = preferences.told_if_certain(preferences.labelled(lambda *_: np.ones(64), preferences.soft), 10.0)
+    for _ in range(2):
+        list(sure(*asked))
+    assert caplog.text.count("64 of the oracle's 64 probabilities are 0 or 1") == 1
+    assert "lower config.oracle.scale (10)" in caplog.text
+
+
 # ---- The oracle of a reward model, with a tiny random one whose tokens are bytes
 
 
@@ -358,6 +389,25 @@ def test_a_conversation_is_scored_in_its_own_turns_and_its_beginning_is_cut(scor
     shown = words.decode(sent[1])
     assert shown.startswith("system: user: er's words")
     assert shown.endswith("user: user's wordsassistant: b")
+
+
+def test_a_deberta_scores_pairs_as_transformers_does(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    fields = {"architectures": ["DebertaV2ForSequenceClassification"], "num_labels": 1, "pooler_hidden_size": 32}
+    tiny_random.write(tmp_path / "deberta", "tiny-random-deberta", changes=fields)
+    score = reward_model_scores(str(tmp_path / "deberta"), dtype="float32", batch_size=2, max_tokens=64)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "deberta").eval()
+    backend = transformers.AutoTokenizer.from_pretrained(tmp_path / "deberta")
+    prompts, responses = ["What is it?", "x", "Sum up:"], ["A horse.", "an answer", ""]
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        first, second = (backend(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+        with torch.no_grad():
+            expected.append(model(torch.tensor([[1, *first, 0, *second, 0]])).logits.item())
+    np.testing.assert_allclose(score(prompts, responses), expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+    long = score(["z" * 90 + "Sum up:"], ["x"])  # of which the beginning is cut
+    np.testing.assert_allclose(long, score(["z" * (64 - 4 - len("Sum up:")) + "Sum up:"], ["x"]), atol=1e-4)
 
 
 def test_scores_are_those_of_transformers(scorer, score):

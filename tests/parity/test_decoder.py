@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noq
 
 from sea_jax.models import decoder, rope  # noqa: E402
 from sea_jax.models.checkpoints import config_json as configs  # noqa: E402
+from sea_jax.models.checkpoints import hf  # noqa: E402
 from sea_jax.models.config import ModelConfig  # noqa: E402
 from sea_jax.models.parameters import Params  # noqa: E402
 from tests.support import tiny_torch  # noqa: E402
@@ -214,7 +215,7 @@ def test_greedy_text_is_that_of_generate(model: Any, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_window_is_refused_if_and_only_if_attention_is_cut_by_it(
+def test_a_window_ends_what_can_be_read_if_and_only_if_attention_is_cut_by_it(
     make: Any, window: dict[str, Any], tmp_path: Path
 ) -> None:
     windowed = make(max_position_embeddings=16, **window)
@@ -223,11 +224,16 @@ def test_a_window_is_refused_if_and_only_if_attention_is_cut_by_it(
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         cut = not torch.allclose(windowed(tokens).logits, plain(tokens).logits, atol=1e-6)
+        inside = tokens[:, : window["sliding_window"]]
+        torch.testing.assert_close(windowed(inside).logits, plain(inside).logits)
+    loaded = tiny_torch.handed_over(windowed, tmp_path / "windowed")
+    assert isinstance(loaded.config, ModelConfig)
+    assert loaded.config.longest_sequence == (window["sliding_window"] if cut else 16)
     if cut:
-        with pytest.raises(ValueError, match=r"'sliding_window' is \d+, below 'max_position_embeddings' 16; .* set "):
-            tiny_torch.handed_over(windowed, tmp_path)
-    else:
-        tiny_torch.handed_over(windowed, tmp_path)
+        hf.save(tmp_path / "again", loaded.config, loaded.params, tmp_path / "windowed")
+        again = type(windowed).from_pretrained(tmp_path / "again").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(tokens).logits, windowed(tokens).logits)
 
 
 def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any]]:

@@ -21,7 +21,9 @@ def write_models(directory: Path) -> None:
     """Writes a policy whose heads eight devices can share, and a reward model."""
     sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
     tiny_random.write(directory / "policy", "tiny-random-gpt-neox", changes=sizes)
-    tiny_random.write(directory / "reward", "tiny-random-llama-reward", seed=1, changes=sizes)
+    tiny_random.write(
+        directory / "reward", "tiny-random-llama-reward", seed=1, changes=sizes | {"max_position_embeddings": 2048}
+    )
 
 
 def configured(mesh: tuple[int, ...], models: Path) -> ml_collections.ConfigDict:

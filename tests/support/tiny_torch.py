@@ -87,6 +87,12 @@ def deberta(**fields: Any) -> transformers.DebertaV2Model:
     return randomised(transformers.DebertaV2Model(transformers.DebertaV2Config(**SIZES | v3 | fields)))
 
 
+def deberta_reward(**fields: Any) -> transformers.DebertaV2ForSequenceClassification:
+    """A DeBERTa like v3 that scores, with random parameters; fields change the configuration."""
+    config = deberta(num_labels=1, pooler_hidden_size=SIZES["hidden_size"], **fields).config
+    return randomised(transformers.DebertaV2ForSequenceClassification(config))
+
+
 def randomised(model: Any) -> Any:
     """Moves every parameter, biases and norm scales too, so that none of them can be left out unseen."""
     generator = torch.Generator().manual_seed(0)

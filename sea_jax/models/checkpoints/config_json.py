@@ -54,7 +54,13 @@ def to_hf(config: Config) -> dict[str, Any]:
         }
     if isinstance(config, DebertaConfig):
         return common | {
-            "architectures": ["DebertaV2Model"],
+            **(
+                {"architectures": ["DebertaV2ForSequenceClassification"], **_ONE_LABEL}
+                if config.scalar_head
+                else {"architectures": ["DebertaV2Model"]}
+            ),
+            "pooler_hidden_act": config.pooler_activation,
+            "pooler_hidden_size": config.d_model,
             "layer_norm_eps": config.norm_eps,
             "position_biased_input": config.absolute_positions,
             "type_vocab_size": config.num_token_types,
@@ -74,7 +80,7 @@ def to_hf(config: Config) -> dict[str, Any]:
     common |= {"rope_parameters": parameters, "tie_word_embeddings": config.tie_embeddings}
     common["architectures"] = [_CLASSES[config.family] + (_SCORE if config.scalar_head else "ForCausalLM")]
     if config.scalar_head:
-        common |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        common |= _ONE_LABEL
     # Readers of the older style take rope_scaling alone where both stand, so it repeats everything.
     if scaling:
         common["rope_scaling"] = parameters
@@ -89,7 +95,7 @@ def to_hf(config: Config) -> dict[str, Any]:
         case "llama":
             return common | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
         case "mistral":
-            return common | {"sliding_window": None}
+            return common | {"sliding_window": config.window}
         case "qwen2":
             return common | {"use_sliding_window": False}
         case "qwen3":
@@ -103,6 +109,7 @@ def to_hf(config: Config) -> dict[str, Any]:
     }
 
 
+_ONE_LABEL: Mapping[str, Any] = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 _REQUIRED: Any = object()
 
 
@@ -159,15 +166,20 @@ def _scalar_head(config: Mapping[str, Any], family: str) -> bool:
     """Whether the architectures name a model with one label, a reward model, rather than with an unembedding."""
     if _CLASSES[family] + _SCORE not in _field(config, "architectures", list, []):
         return False
-    # transformers leaves id2label out where it has these, its default.
-    names = _field(config, "id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
-    labels = _field(config, "num_labels", int, len(names))
+    labels = _num_labels(config)
     if labels != 1:
         raise ValueError(
             f"config.json field 'architectures' names {_CLASSES[family] + _SCORE} with {labels} labels (num_labels, or "
             "id2label, or two without them); a reward model of one label is supported"
         )
     return True
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """The labels of a classifier; transformers leaves id2label out where it has two, its default."""
+    names = _field(config, "id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
+    labels: int = _field(config, "num_labels", int, len(names))
+    return labels
 
 
 # What transformers assumes where the family's config.json leaves a field out, and LlamaConfig something else.
@@ -184,22 +196,17 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _check_window(config: Mapping[str, Any], family: str, num_layers: int, max_positions: int) -> None:
-    """Refuses a sliding window of attention that some layer of the model would feel."""
+def _window(config: Mapping[str, Any], family: str, num_layers: int, max_positions: int) -> int | None:
+    """The sliding window of attention that some layer of the model would feel in long sequences, or None."""
     window = _field(config, "sliding_window", int, None)
     if family == "llama" or window is None or window >= max_positions:
-        return
-    remedy = "set sliding_window to null"
+        return None
     if family != "mistral":
         kinds = _field(config, "layer_types", list, None)
         sliding = "sliding_attention" in kinds if kinds else num_layers > _field(config, "max_window_layers", int, 28)
         if not _field(config, "use_sliding_window", bool, False) or not sliding:
-            return
-        remedy = "set use_sliding_window to false and drop layer_types"
-    raise ValueError(
-        f"config.json field 'sliding_window' is {window}, below 'max_position_embeddings' {max_positions}; only full "
-        f"attention is supported: {remedy}, which is the same model for sequences of up to {window} tokens"
-    )
+            return None
+    return window
 
 
 def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2", "qwen3"]) -> ModelConfig:
@@ -220,7 +227,6 @@ def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2
     if fraction != 1.0 and parameters["rope_type"] != "proportional":
         raise ValueError(f"config.json field 'partial_rotary_factor' is {fraction}; {family} rotates whole heads (1.0)")
     num_layers = _size(config, "num_hidden_layers")
-    _check_window(config, family, num_layers, max_positions)
     # Qwen2 and Mistral have no field for what they always and never have.
     attention_bias = family == "qwen2" or (family != "mistral" and _field(config, "attention_bias", bool, False))
     return ModelConfig(
@@ -243,6 +249,7 @@ def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2
         mlp_bias=family == "llama" and _field(config, "mlp_bias", bool, False),
         scalar_head=_scalar_head(config, family),
         init_std=_field(config, "initializer_range", float, 0.02),
+        window=_window(config, family, num_layers, max_positions),
     )
 
 
@@ -334,6 +341,18 @@ def _deberta(config: Mapping[str, Any]) -> DebertaConfig:
     num_token_types = _field(config, "type_vocab_size", int, 0)
     if num_token_types < 0:
         raise ValueError(f"config.json field 'type_vocab_size' is {num_token_types}; it must be at least 0")
+    # A head of several labels stands behind the hidden states that an encoder returns, and is left out.
+    classifies = "DebertaV2ForSequenceClassification" in _field(config, "architectures", list, [])
+    scalar_head = classifies and _num_labels(config) == 1
+    if scalar_head:
+        for name, found, only in (
+            ("pooler_hidden_size", _size(config, "pooler_hidden_size", d_model), d_model),
+            ("type_vocab_size", num_token_types, 0),
+        ):
+            if found != only:
+                raise ValueError(
+                    f"config.json field {name!r} is {found}; supported for a DeBERTa that scores is {only}"
+                )
     return DebertaConfig(
         family="deberta-v2",
         vocab_size=_size(config, "vocab_size"),
@@ -353,6 +372,8 @@ def _deberta(config: Mapping[str, Any]) -> DebertaConfig:
         norm_relative=norms == "layer_norm",
         conv_width=conv_width,
         conv_activation=_activation(config, "tanh", "conv_act"),
+        scalar_head=scalar_head,
+        pooler_activation=_activation(config, "gelu", "pooler_hidden_act"),
         init_std=_field(config, "initializer_range", float, 0.02),
     )
 

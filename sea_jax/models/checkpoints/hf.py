@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,6 @@ import huggingface_hub
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from sea_jax.models import deberta, decoder, encoder
 from sea_jax.models.checkpoints import config_json as configs
@@ -32,6 +33,7 @@ _TOKENIZER_FILES = (
     "*.jinja",
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")  # felt in long sequences alone
 
 Place = tuple[int | None, str]
 """Where a parameter stands: its layer, or None outside the layers, and its path there."""
@@ -73,7 +75,7 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
 
     Args:
       source: a directory with config.json and *.safetensors (shards with their index too) or one *.gguf; or the name
-        of a repository on the Hugging Face hub; or builtin:NAME, see `builtin.directory`.
+        of a repository on the Hugging Face hub, or NAME@REVISION; or builtin:NAME, see `builtin.directory`.
       cuts: where a decoder's layers are divided into stacks, see `decoder.abstract`.
 
     Raises:
@@ -91,14 +93,42 @@ def load(source: str | Path, *, cuts: Sequence[int] = ()) -> Loaded:
     return Loaded(config, params, directory)
 
 
-def read_config(source: str | Path) -> Config:
+def read_config(source: str | Path, *, weights: bool = True) -> Config:
     """Reads the configuration of a model, without its weights, from a source as for `load`.
+
+    Args:
+      source: as for `load`.
+      weights: they will be read here; False: what they are is somebody else's business.
 
     Raises:
       FileNotFoundError: a directory or config.json that is not there, or a hub that cannot give it.
-      ValueError: an unsupported configuration; the message names the field.
+      ValueError: an unsupported configuration; the message names the field. Or weights that cannot be read: an adapter's,
+        or quantised ones.
     """
-    return configs.from_hf(_json(locate(source) / "config.json"))
+    directory = locate(source, weights=weights)
+    _check_whole(directory, weights)
+    fields = _json(directory / "config.json")
+    if weights and (quantised := fields.get("quantization_config")):
+        method = quantised.get("quant_method", quantised) if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{directory / 'config.json'} field 'quantization_config' says {method}: quantised weights are not read, and "
+            "cannot be trained; name the checkpoint that they were made from, or what dequantize() and save_pretrained() of "
+            "transformers make of it"
+        )
+    return configs.from_hf(fields)
+
+
+def _check_whole(directory: Path, weights: bool) -> None:
+    """Refuses an adapter, which is some matrices beside those of another model."""
+    path = directory / "adapter_config.json"
+    whole = any((*directory.glob("model*.safetensors"), *directory.glob("*.gguf"))) if weights else True
+    if path.is_file() and not (whole and (directory / "config.json").is_file()):
+        fields = _json(path)
+        base = fields.get("base_model_name_or_path") or "another model"
+        raise ValueError(
+            f"{directory} holds an adapter ({fields.get('peft_type', 'adapter_config.json')}) of {base}, not a whole model: "
+            "name what merge_and_unload() of peft and then save_pretrained() make of both"
+        )
 
 
 def locate(source: str | Path, *, weights: bool = True) -> Path:
@@ -134,9 +164,24 @@ def locate(source: str | Path, *, weights: bool = True) -> Path:
 
 @functools.cache  # so that a run sees one version of a model, however often its parts ask for it
 def _fetched(name: str, weights: bool) -> Path:
-    """Returns the directory of a model from the hub, as it is when it is first asked for."""
-    patterns = ["*.json", *_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    """Returns the directory of a model from the hub, as it is when it is first asked for, or at name@revision."""
+    repository, _, revision = name.partition("@")
+
+    def fetch(*patterns: str, revision: str | None) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            )
+        )
+
+    directory = fetch("*.json", *_TOKENIZER_FILES, revision=revision or None)
+    if not weights:
+        return directory
+    # Of the same commit, which names the directory; some repositories hold the weights a second time in another form.
+    commit = directory.name if directory.parent.name == "snapshots" else revision or None
+    named = safetensors.named(directory)
+    directory = fetch(*(named or ("model.safetensors",)), revision=commit)
+    return directory if named or (directory / "model.safetensors").exists() else fetch("*.safetensors", revision=commit)
 
 
 def save(
@@ -144,8 +189,9 @@ def save(
     config: Config,
     params: Params,
     tokenizer_files_from: str | Path | None = None,
+    dtype: str = "float32",
 ) -> None:
-    """Writes config.json and model.safetensors as transformers reads them, all or nothing.
+    """Writes config.json and safetensors as transformers reads them, all or nothing.
 
     Args:
       directory: where to; must not exist yet, or be empty.
@@ -153,37 +199,60 @@ def save(
       params: the model's, their layers divided in any way.
       tokenizer_files_from: a model's directory whose tokenizer files, generation_config.json and ids of the
         beginning, end and padding tokens are taken over, or None.
+      dtype: of the weights in the files.
 
     Raises:
       FileExistsError: the directory holds something already.
       ValueError: a parameter that the configuration does not have, or lacks, or has in another shape.
+      OSError: a file cannot be written or copied; once the weights are on disk, they stay, and it says where.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; pass a directory that does not exist yet")
-    tensors = to_tensors(config, params)
-    fields = configs.to_hf(config) | {"dtype": "float32", "torch_dtype": "float32"}
+    tensors = to_tensors(config, params, dtype)
+    fields = configs.to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
     # Without these fields transformers would assume its own defaults, which are some other tokenizer's ids.
     fields |= dict.fromkeys(_TOKEN_IDS)
     temporary = directory.parent / f".{directory.name}-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
+    weights_are_there = False
     try:
+        safetensors.write(temporary, tensors)
+        weights_are_there = True
         if tokenizer_files_from is not None:
             origin = Path(tokenizer_files_from)
             if (origin / "config.json").is_file():
                 known = _json(origin / "config.json")
                 fields |= {name: known.get(name) for name in _TOKEN_IDS}
+                fields |= {name: known[name] for name in _WINDOW if name in known}
             for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
                 for path in origin.glob(pattern):
-                    shutil.copyfile(path, temporary / path.name)
+                    if path.is_file():
+                        shutil.copyfile(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        # save_file makes the file private; it should be as readable as its neighbour.
-        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
         temporary.replace(directory)
-    except BaseException:
+    except BaseException as error:
+        if weights_are_there and isinstance(error, OSError):
+            raise OSError(f"{error}; {directory} is not complete, but its weights are, in {temporary}") from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+EXPORTED = ("float32", "bfloat16", "float16")
+_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def stored_dtype(source: str | Path) -> str:
+    """Returns the dtype of most of a model's numbers as they are stored; float32 where they are quantised or wider.
+
+    Raises:
+      FileNotFoundError, ValueError: as of `load`.
+    """
+    directory = locate(source)
+    numbers: Counter[str] = Counter()
+    for tensor in _tensors(directory, read_config(directory)).values():
+        numbers[_DTYPES.get(tensor.dtype, "float32")] += math.prod(tensor.shape)
+    return numbers.most_common(1)[0][0] if numbers else "float32"
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -346,4 +415,9 @@ def to_tensors(
             -1, *parts[0].shape[1:]
         )
 
-    return {name: tensor(holds) for name, holds in _named(config, places).items()}
+    tensors = {name: tensor(holds) for name, holds in _named(config, places).items()}
+    if isinstance(config, DebertaConfig) and config.scalar_head:  # with a head on top, an encoder's names say so
+        return {
+            name if name.startswith(("pooler.", "classifier.")) else f"deberta.{name}": x for name, x in tensors.items()
+        }
+    return tensors

@@ -135,6 +135,10 @@ _DEBERTA = Names(
         "encoder.conv.conv.bias": ("conv/bias",),
         "encoder.conv.LayerNorm.weight": ("conv_norm/scale",),
         "encoder.conv.LayerNorm.bias": ("conv_norm/bias",),
+        "pooler.dense.weight": ("pooler/kernel",),
+        "pooler.dense.bias": ("pooler/bias",),
+        "classifier.weight": ("classifier/kernel",),
+        "classifier.bias": ("classifier/bias",),
     },
     layer_prefix="encoder.layer.",
     layer={
@@ -159,7 +163,7 @@ _DEBERTA = Names(
         "output.LayerNorm.weight": ("mlp_norm/scale",),
         "output.LayerNorm.bias": ("mlp_norm/bias",),
     },
-    # Heads stand after the hidden states that the encoder returns; some checkpoints kept positions that are not added.
+    # Other heads stand after the hidden states that the encoder returns; some checkpoints kept positions that are not added.
     ignored=re.compile(
         r"embeddings\.(position_ids|position_embeddings\.weight)"
         r"|(pooler|classifier|cls|lm_predictions|mask_predictions|head_layer)\..*"

@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file; `read` returns floats, or raises a ValueError that names a dtype that is not supported."""
+    """A tensor in a file.
+
+    Attributes:
+      path: the file.
+      shape: in elements.
+      read: returns floats, or raises a ValueError that names a dtype that is not supported.
+      dtype: as safetensors calls it; where numbers are stored in another way, of what is read.
+    """
 
     path: Path
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = "F32"
 
 
 def safetensors(directory: Path) -> dict[str, Stored]:
@@ -57,6 +66,36 @@ def safetensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
+def named(directory: Path) -> tuple[str, ...]:
+    """Returns the files that a directory's index names; none where there is no index."""
+    index = directory / "model.safetensors.index.json"
+    return tuple(sorted(set(_weight_map(index).values()))) if index.is_file() else ()
+
+
+SHARD_BYTES = 5 * 10**9  # as many a hub's limit wants it
+
+
+def write(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes model.safetensors, or shards of at most SHARD_BYTES, tensors that are larger aside, with their index."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    count = len(shards)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    for name, shard in zip(names if count > 1 else ["model.safetensors"], shards, strict=True):
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod(directory.stat().st_mode & 0o666)  # save_file lets nobody else read it
+    if count > 1:
+        placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": placed}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _weight_map(index: Path) -> Mapping[str, str]:
     """Tensor name -> file name, from the index of a sharded checkpoint."""
     try:
@@ -69,14 +108,15 @@ def _tensors(path: Path) -> dict[str, Stored]:
     """The tensors of one file."""
     try:
         file = safe_open(path, framework="numpy")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         return lambda: _read(file, path, name)
 
-    return {name: Stored(path, shape, reader(name)) for name, shape in shapes.items()}
+    return {name: Stored(path, shape, reader(name), dtype) for name, (shape, dtype) in described.items()}
 
 
 def _read(file: Any, path: Path, name: str) -> np.ndarray:

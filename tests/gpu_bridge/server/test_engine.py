@@ -31,12 +31,13 @@ def padded(rows: Sequence[list[int]]) -> Prompts:
     return Prompts(jnp.asarray(tokens), jnp.asarray(valid))
 
 
-def greedy(directory: Path, prompts: Sequence[list[int]] = PROMPTS, eos_id: int = EOS) -> Candidates:
+def greedy(
+    directory: Path, prompts: Sequence[list[int]] = PROMPTS, eos_id: int = EOS, absent_ids: tuple[int, ...] = ()
+) -> Candidates:
     """What the sampler in JAX writes."""
     loaded = hf.load(directory)
-    sampling = tiny.generation_config(
-        num_samples=1, max_new_tokens=12, eos_ids=(eos_id,), pad_id=eos_id, temperature=0.0
-    )
+    how = {"num_samples": 1, "max_new_tokens": 12, "eos_ids": (eos_id,), "pad_id": eos_id}
+    sampling = tiny.generation_config(**how, temperature=0.0, absent_ids=absent_ids)
     return jax.device_get(
         generation.generate(
             jax.device_put(loaded.params), padded(prompts), jax.random.key(0), config=loaded.config, sampling=sampling
@@ -63,6 +64,8 @@ def test_the_engine_writes_what_the_sampler_does_before_and_after_a_push(policy,
     server, directory = policy
     initial, expected = server.generate(), greedy(directory)
     assert_same(initial, expected)
+    favourites = tuple(sorted({token for row in initial.responses for token in row[0].tokens} - {EOS}))
+    assert_same(server.generate(absent_ids=list(favourites)), greedy(directory, absent_ids=favourites))
     weights = load_file(directory / "model.safetensors")
     other = perturbed(weights)
     shutil.copytree(directory, tmp_path / "other")

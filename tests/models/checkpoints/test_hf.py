@@ -1,6 +1,7 @@
 """Loading and saving: what is refused, each with a message that names it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sea_jax.models import decoder
-from sea_jax.models.checkpoints import builtin, hf, layouts
+from sea_jax.models.checkpoints import builtin, hf, layouts, safetensors
 from sea_jax.models.checkpoints import config_json as configs
 from tests.support import tiny
 
@@ -164,23 +165,43 @@ def test_a_hub_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         hf.load("a name of no repository")
 
 
-def test_names_of_the_hub_are_fetched_without_pickles(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-    times = 0
+@pytest.mark.parametrize("kept", ["index", "single", "other names"])
+def test_of_a_repository_of_the_hub_only_what_is_read_is_fetched(
+    directory: Path, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    if kept == "index":
+        _shard(directory)
+    if kept == "other names":
+        (directory / "model.safetensors").rename(directory / "pytorch_model.safetensors")
+    else:
+        (directory / "consolidated.safetensors").write_bytes(b"the same again")
+    (directory / "pytorch_model.bin").write_bytes(b"a pickle")
+    here, asked = tmp_path / "snapshots" / "c0ffee", []
 
-    def snapshot_download(name: str, **given: Any) -> str:
-        nonlocal times
-        times += 1
-        asked.update(given, name=name)
-        return str(directory)
+    def snapshot_download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        asked.append((name, revision))
+        here.mkdir(parents=True, exist_ok=True)
+        for path in directory.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, here)
+        return str(here)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hf.load("owner/fetched-once").directory == directory
-    assert asked["name"] == "owner/fetched-once"
-    assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
-    assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
-    hf.read_config("owner/fetched-once")
-    assert times == 1  # else the hub could change in between
+    name = f"owner/fetched-once-{kept.replace(' ', '-')}"
+    assert hf.locate(f"{name}@v1.0", weights=False) == here
+    assert not list(here.glob("*.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, hf.load(f"{name}@v1.0").params, PARAMS)
+    assert {path.name for path in here.iterdir()} == (
+        {path.name for path in directory.iterdir()} - {"consolidated.safetensors", "pytorch_model.bin"}
+    )
+    assert asked[0] == (name, "v1.0")
+    assert set(asked) == {(name, "v1.0"), (name, "c0ffee")}  # the weights are of the commit that the files are of
+    times = len(asked)
+    hf.read_config(f"{name}@v1.0")
+    assert len(asked) == times  # else the hub could change in between
 
 
 def test_names_of_what_is_built_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,10 +297,84 @@ def test_save_leaves_nothing_behind_when_it_fails(tmp_path: Path, monkeypatch: p
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    monkeypatch.setattr(safetensors, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         hf.save(tmp_path / "model", CONFIG, PARAMS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_written_are_kept_when_a_file_beside_them_cannot_be_copied(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> None:
+        raise PermissionError("tokenizer.json: not yours")
+
+    (directory / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(hf.shutil, "copyfile", unreadable)
+    with pytest.raises(OSError, match=r"not yours; .*saved is not complete, but its weights are, in (.*)$") as error:
+        hf.save(tmp_path / "saved", CONFIG, PARAMS, directory)
+    kept = Path(str(error.value).rpartition(" in ")[2])
+    assert load_file(kept / "model.safetensors").keys() == load_file(directory / "model.safetensors").keys()
+
+
+def test_directories_beside_the_tokenizers_files_are_left_alone(directory: Path, tmp_path: Path) -> None:
+    (directory / "tokenizer_old").mkdir()
+    (directory / "tokenizer_config.json").write_text("{}")
+    hf.save(tmp_path / "saved", CONFIG, PARAMS, directory)
+    found = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert found == {"config.json", "model.safetensors", "tokenizer_config.json"}
+
+
+def test_large_models_are_saved_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 3000)
+    hf.save(tmp_path / "saved", CONFIG, PARAMS)
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert [path.name for path in shards] == [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+    ]
+    sizes = [sum(x.nbytes for x in load_file(path).values()) for path in shards]
+    assert len(shards) > 3
+    assert max(sizes) <= 3000
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "saved").params, PARAMS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_what_is_stored(dtype: str, tmp_path: Path) -> None:
+    hf.save(tmp_path / "saved", CONFIG, PARAMS, dtype=dtype)
+    assert hf.stored_dtype(tmp_path / "saved") == dtype
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == dtype
+    loaded = hf.load(tmp_path / "saved").params
+    rounded = jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)).astype(np.float32), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
+    _change_tensors(tmp_path / "saved", lambda tensors: tensors.update({"model.norm.weight": np.ones(16, np.float32)}))
+    assert hf.stored_dtype(tmp_path / "saved") == dtype  # of most
+
+
+def test_an_adapter_is_called_one(directory: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    assert hf.read_config(directory) == CONFIG  # a whole model with an adapter beside it
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    message = r"holds an adapter \(LORA\) of owner/base, not a whole model: name what merge_and_unload\(\) of peft"
+    with pytest.raises(ValueError, match=message):
+        hf.load(directory)
+    (directory / "config.json").unlink()
+    for weights in (True, False):
+        with pytest.raises(ValueError, match=message):
+            hf.read_config(directory, weights=weights)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq"])
+def test_quantised_weights_are_called_so(directory: Path, method: str) -> None:
+    _change_config(directory, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(
+        ValueError, match=rf"field 'quantization_config' says {method}: quantised weights are not read.*name"
+    ):
+        hf.load(directory)
+    assert hf.read_config(directory, weights=False) == CONFIG  # servers may well read them
 
 
 def test_save_refuses_parameters_of_another_configuration(tmp_path: Path) -> None:
