@@ -146,28 +146,6 @@ def make_inputs(sizes: Settings, policy: Policy, rendered: list[Rendered], promp
     )
 
 
-def prepare(config: RunSettings, directory: Path) -> tuple[Settings, Inputs, Policy, hf.Loaded]:
-    """Loads the models and makes what both sides work on.
-
-    Args:
-      config: from `configuration`.
-      directory: where the policy is written, in the format of transformers.
-
-    Returns:
-      Settings, Inputs, the policy, and the oracle's encoder.
-    """
-    sizes = settings(config)
-    policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer, dtype="float32")
-    rendered = load_prompts(config.data, policy.tokenizer, 1)[0][: config.data.batch_size]
-    if len(rendered) < config.data.batch_size:
-        raise SystemExit(
-            f"--prompts={config.data.batch_size}: there are {len(rendered)} of {config.data.max_prompt_tokens} tokens"
-        )
-    hf.save(directory, policy.config, decoder.join(policy.frozen, policy.reference), policy.directory)
-    inputs = make_inputs(sizes, policy, rendered, config.data.max_prompt_tokens)
-    return sizes, inputs, policy, hf.load(config.oracle.encoder)
-
-
 def one_round(side: Step, sizes: Settings, posts: list[str], number: int) -> dict[str, float]:
     """Times every part of one side once.
 
@@ -317,10 +295,20 @@ def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
 
     config = configuration(arguments)
-    with tempfile.TemporaryDirectory() as scratch:
-        copied = Path(scratch) / "policy"
-        sizes, inputs, policy, encoder = prepare(config, copied)
-        assert isinstance(encoder.config, EncoderConfig)
+    sizes = settings(config)
+    policy = load_policy(config.policy.source, train_last_layers=0, feature_layer=sizes.feature_layer, dtype="float32")
+    rendered = load_prompts(config.data, policy.tokenizer, 1)[0][: arguments.prompts]
+    if len(rendered) < arguments.prompts:
+        raise SystemExit(
+            f"--prompts={arguments.prompts}: there are {len(rendered)} of {arguments.prompt_tokens} tokens"
+        )
+    encoder = hf.load(config.oracle.encoder)
+    assert isinstance(encoder.config, EncoderConfig)
+    inputs = make_inputs(sizes, policy, rendered, arguments.prompt_tokens)
+
+    with tempfile.TemporaryDirectory() as directory:
+        copied = Path(directory) / "policy"
+        hf.save(copied, policy.config, decoder.join(policy.frozen, policy.reference), policy.directory)
         agreements = {
             dtype: agreement.check(replace(sizes, dtype=dtype), inputs, copied, encoder.directory)
             for dtype in dict.fromkeys(("float32", sizes.dtype))

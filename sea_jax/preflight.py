@@ -87,10 +87,14 @@ def check_length(model: ModelConfig, prompt_tokens: int, response_tokens: int, f
     why = f"the policy was made for up to {limit} tokens"
     if limit == model.window:
         why = f"the policy's sliding window of attention is {limit} tokens, and only full attention is supported"
-    remedy = f"{field} to {limit - prompt_tokens}, or " if prompt_tokens < limit else ""
+    remedies = [
+        f"{name} to {limit - others}"
+        for name, others in ((field, prompt_tokens), ("data.max_prompt_tokens", response_tokens))
+        if others < limit
+    ]
     raise ValueError(
         f"config.{field}: a prompt of {prompt_tokens} tokens and a response of up to {response_tokens} are {together}, but "
-        f"{why}: lower {remedy}data.max_prompt_tokens to {max(limit - response_tokens, 1)}, which leaves longer prompts out"
+        f"{why}: lower {', or '.join(remedies) or 'both'}; longer prompts are left out then"
     )
 
 

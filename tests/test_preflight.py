@@ -61,8 +61,8 @@ def test_sequences_beyond_what_a_policy_was_made_for(described: Callable[..., st
     short = described("tiny-random-llama", max_position_embeddings=40)
     assert refused(tiny_config.get_config(), policy__source=short, sampling__max_new_tokens=20) == (
         "config.sampling.max_new_tokens: a prompt of 30 tokens and a response of up to 20 are 50, but the policy was made "
-        "for up to 40 tokens: lower sampling.max_new_tokens to 10, or data.max_prompt_tokens to 20, which leaves longer "
-        "prompts out"
+        "for up to 40 tokens: lower sampling.max_new_tokens to 10, or data.max_prompt_tokens to 20; longer prompts "
+        "are left out then"
     )
     assert "config.eval.max_new_tokens: a prompt of" in refused(
         tiny_config.get_config(), policy__source=short, eval__max_new_tokens=20
@@ -70,8 +70,8 @@ def test_sequences_beyond_what_a_policy_was_made_for(described: Callable[..., st
     tuned, tiny = configuration.default_sft(), tiny_config.get_config()
     tuned.data, tuned.learner, tuned.output = tiny.data, tiny.learner, str(tmp_path / "output")
     said = refused(tuned, policy__source=short)
-    assert said.startswith("config.max_response_tokens: a prompt of 2")
-    assert "the policy was made for up to 40 tokens: lower max_response_tokens to " in said
+    assert said.startswith("config.max_response_tokens: a prompt of 30 tokens and a response of up to 41 are 71, but")
+    assert "the policy was made for up to 40 tokens: lower max_response_tokens to 10; longer" in said
 
 
 def test_sequences_beyond_a_window(described: Callable[..., str]) -> None:

@@ -226,4 +226,4 @@ def test_the_loss_is_the_mean_over_reference_tokens() -> None:
 
 def test_prompts_without_a_short_enough_reference_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.max_response_tokens=2"):
-        sft.fine_tune(configured(tmp_path / "policy", max_response_tokens=2), tmp_path / "policy")
+        sft.fine_tune(config.resolve_sft(configured(tmp_path / "policy", max_response_tokens=2)), tmp_path / "policy")

@@ -24,7 +24,12 @@ def candidates(tokenizer: Tokenizer, *texts: str) -> Candidates:
     for row, ids in enumerate(rows):
         tokens[row, 0, : len(ids)], logprobs[row, 0, : len(ids)] = ids, -1.0
     lengths = np.array([[len(ids)] for ids in rows], np.int32)
-    return Candidates(*map(jnp.asarray, (tokens, lengths, logprobs)), features=jnp.ones((len(rows), 1, 3)))
+    return Candidates(
+        tokens=jnp.asarray(tokens),
+        lengths=jnp.asarray(lengths),
+        logprobs=jnp.asarray(logprobs),
+        features=jnp.ones((len(rows), 1, 3)),
+    )
 
 
 def texts(tokenizer: Tokenizer, *responses: str, **settings: Any) -> list[str]:

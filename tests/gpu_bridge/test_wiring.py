@@ -12,6 +12,7 @@ from scipy.special import expit
 from configs import tiny_random as tiny_random_config
 from gpu_bridge import protocol
 from sea_jax import wiring
+from sea_jax.config import resolve
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.mesh import make_mesh
 from sea_jax.types import Prompts
@@ -38,11 +39,12 @@ def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) ->
     token.write_text(fake.TOKEN)
     tiny_random.write(tmp_path / "reward", "tiny-random-llama-reward", changes={"max_position_embeddings": 2048})
     (tmp_path / "reward" / "model.safetensors").unlink()  # not needed where others run the model
-    config = tiny_random_config.get_config()
-    config.bridge_token_file = str(token)
-    config.actor.kind, config.actor.urls, config.actor.weights_dtype = "bridge", policy.url, "float32"
-    config.actor.weights_directory, config.actor.retries = str(tmp_path), 0
-    config.oracle.kind, config.oracle.urls, config.oracle.reward_model = "remote", oracle.url, str(tmp_path / "reward")
+    fields = tiny_random_config.get_config()
+    fields.bridge_token_file = str(token)
+    fields.actor.kind, fields.actor.urls, fields.actor.weights_dtype = "bridge", policy.url, "float32"
+    fields.actor.weights_directory, fields.actor.retries = str(tmp_path), 0
+    fields.oracle.kind, fields.oracle.urls, fields.oracle.reward_model = "remote", oracle.url, str(tmp_path / "reward")
+    config = resolve(fields)
     mesh = make_mesh((1, 1, 1))
     with jax.set_mesh(mesh):
         parts = wiring.parts(config, mesh)

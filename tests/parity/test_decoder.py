@@ -227,6 +227,7 @@ def test_a_window_ends_what_can_be_read_if_and_only_if_attention_is_cut_by_it(
         inside = tokens[:, : window["sliding_window"]]
         torch.testing.assert_close(windowed(inside).logits, plain(inside).logits)
     loaded = tiny_torch.handed_over(windowed, tmp_path / "windowed")
+    assert isinstance(loaded.config, ModelConfig)
     assert loaded.config.longest_sequence == (window["sliding_window"] if cut else 16)
     if cut:
         hf.save(tmp_path / "again", loaded.config, loaded.params, tmp_path / "windowed")
