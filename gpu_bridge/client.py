@@ -18,6 +18,7 @@ import numpy as np
 from gpu_bridge import protocol, weights
 from gpu_bridge.protocol import GenerateRequest, ProtocolError, Response, ScoreRequest, WeightsRequest
 from gpu_bridge.weights import Route
+from sea_jax.runtime import backoff
 from sea_jax.types import OtherVersion
 
 MAX_ANSWER_BYTES = 2**30
@@ -60,12 +61,12 @@ class Patience:
 
     timeout_s: float = 600.0
     retries: int = 8
-    backoff_s: float = 1.0
-    max_backoff_s: float = 60.0
+    backoff_s: float = backoff.FIRST_S
+    max_backoff_s: float = backoff.LONGEST_S
 
     def wait(self, failures: int) -> None:
         """Sleeps after nobody has answered so many times in a row, at least 1."""
-        time.sleep(min(self.backoff_s * 2.0 ** min(failures - 1, 60), self.max_backoff_s))
+        time.sleep(backoff.wait_s(failures, self.backoff_s, self.max_backoff_s))
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,7 @@ def main() -> int:
     own = list(sys.argv[1:])
     end = own.index("--") if "--" in own else len(own)
     flags, arguments = parser.parse_args(own[:end]), own[end + 1 :]
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signal_number, _interrupt)
     try:
         return launch(flags, arguments)

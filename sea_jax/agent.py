@@ -19,7 +19,7 @@ from sea_jax import ensemble, sampling
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
 from sea_jax.learner import Learner
-from sea_jax.oracles.labelling import Question, label
+from sea_jax.oracles.labelling import ORACLE, Question, label
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import Policy
 from sea_jax.replay import Replay, add_pairs
@@ -68,6 +68,12 @@ class ExplorationSettings:
         'how: "head", a random head\'s choice (paper), or "mean": soft, mean over heads of P(first wins)',
         one_of("head", "mean"),
     )
+    unfinished: str = setting(
+        "asked",
+        'pairs with a response that was cut at sampling.max_new_tokens: "asked" as all are, "left_out", or "lose" to one that '
+        "ended by itself, without the oracle",
+        one_of("asked", "left_out", "lose"),
+    )
     planning_steps: int = setting(0, "policy steps on fresh ERM-labelled pairs per oracle step (Dyna)", NOT_NEGATIVE)
     planning_after_queries: int = setting(128, "no planning before so many queries", NOT_NEGATIVE, unit="queries")
 
@@ -101,7 +107,8 @@ class Proposal:
       batch: {"id", "prompt", "tokens" [B, P], "valid" [B, P]}.
       candidates: M responses to each prompt.
       texts: B lists of M.
-      distinct: [B, M, M] bool, whether two responses differ.
+      distinct: [B, M, M] bool, whether two responses differ, and may be compared.
+      finished: [B, M] bool, whether a response ended by itself.
       rewards: [K, B, M] float32, of every head.
       seen: what the rules ask for of `sampling.SEES`, by name.
     """
@@ -110,6 +117,7 @@ class Proposal:
     candidates: Candidates
     texts: Sequence[Sequence[str]]
     distinct: Array
+    finished: Array
     rewards: Array
     seen: Mapping[str, Array]
 
@@ -130,6 +138,7 @@ class Proposal:
             candidates=jax.tree.map(lambda x: x[rows], self.candidates),
             texts=[self.texts[row] for row in numbers],
             distinct=self.distinct[rows],
+            finished=self.finished[rows],
             rewards=self.rewards[:, rows],
             seen={name: value[rows] for name, value in self.seen.items()},
         )
@@ -144,12 +153,14 @@ class Assignment:
       to_oracle: [B] bool.
       to_erm: [B] bool.
       erm_labels: [B] float32, what the ERM says where it labels.
+      cut: [B] bool, of those that the ERM labels: which are labelled by who was cut, instead; None: none.
     """
 
     duel: Duel
     to_oracle: Array
     to_erm: Array
     erm_labels: Array
+    cut: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +218,8 @@ class Agent:
       prompts: batch number -> a batch of prompts, see `Proposal`.
       respond: batch number, trained parameters, Prompts, key, policy steps -> Candidates, metrics.
       texts: Candidates -> B lists of M response texts.
+      finished: Candidates -> which of them ended by themselves, [B, M].
+      unfinished: what becomes of pairs with one that did not, see `ExplorationSettings`.
       features: what the ERM sees of them, [B, M, d].
       logprobs: trained parameters, Prompts, Candidates -> [B, M] under the policy and [B, M] under the reference.
       select: which prompts of a batch go on; None: all.
@@ -225,6 +238,8 @@ class Agent:
     prompts: Callable[[int], Mapping[str, Any]]
     respond: Respond
     texts: Callable[[Candidates], list[list[str]]]
+    finished: Callable[[Candidates], np.ndarray]
+    unfinished: str
     features: Featurize
     logprobs: Callable[[Params, Prompts, Candidates], tuple[Array, Array]]
     rule: DuelRule
@@ -313,7 +328,11 @@ def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = ""
         seen = _pick_seen(proposal, agent.rule)
         duel = agent.rule(proposal.rewards, proposal.distinct, keys["duel"], **seen)  # lines 5 to 7
     with timed(metrics, "actor/oracle_time"):
-        assignment = _apply_limits(agent, state, proposal, agent.assign(proposal, duel, state.queries, keys))  # line 8
+        assignment = agent.assign(proposal, duel, state.queries, keys)  # line 8
+        assignment = _as_on_record(agent.ledger, f"{state.step}{suffix}", proposal, assignment)
+        if agent.unfinished == "lose":
+            assignment = _let_unfinished_lose(proposal, assignment)
+        assignment = _apply_limits(agent, state, proposal, assignment)
         duel = assignment.duel
         labels, labelled, answered = _label(agent, state, proposal, assignment, keys["oracle"], suffix)
     reward_model, replay = state.ensemble, state.replay
@@ -357,12 +376,13 @@ def propose(agent: Agent, state: State, keys: Mapping[str, Array], metrics: Metr
     state = replace(state, batches=number + 1)
     if agent.standardise and not int(state.replay.added):  # until it has learnt from a label
         state = replace(state, ensemble=ensemble.calibrate(state.ensemble, candidates.features))
-    group = np.array([[row.index(text) for text in row] for row in texts])  # the first candidate with the same text
+    finished = agent.finished(candidates)
     proposal = Proposal(
         batch=batch,
         candidates=candidates,
         texts=texts,
-        distinct=jnp.asarray(group[:, :, None] != group[:, None, :]),
+        distinct=jnp.asarray(comparable(texts, finished, agent.unfinished)),
+        finished=jnp.asarray(finished),
         rewards=ensemble.rewards(state.ensemble, candidates.features),
         seen={},
     )
@@ -371,6 +391,19 @@ def propose(agent: Agent, state: State, keys: Mapping[str, Array], metrics: Metr
         rows = agent.select(proposal.rewards, proposal.distinct, keys["select"], **_pick_seen(proposal, agent.select))
         proposal = proposal.rows(rows)
     return proposal, state
+
+
+def comparable(texts: Sequence[Sequence[str]], finished: np.ndarray, unfinished: str) -> np.ndarray:
+    """Returns which two of M responses may be compared, [B, M, M] bool: those that differ, and of which none is left out.
+
+    Args:
+      texts: B lists of M.
+      finished: [B, M] bool, whether they ended by themselves.
+      unfinished: as of `ExplorationSettings`.
+    """
+    group = np.array([[row.index(text) for text in row] for row in texts])  # the first candidate with the same text
+    distinct = group[:, :, None] != group[:, None, :]
+    return distinct & finished[:, :, None] & finished[:, None, :] if unfinished == "left_out" else distinct
 
 
 def _compute_seen(agent: Agent, state: State, proposal: Proposal) -> dict[str, Array]:
@@ -388,6 +421,43 @@ def _pick_seen(proposal: Proposal, rule: Callable[..., Any]) -> dict[str, Array]
     return {name: proposal.seen[name] for name in sampling.seen_by(rule, "exploration.rule")}
 
 
+def _as_on_record(ledger: Ledger, name: str, proposal: Proposal, assignment: Assignment) -> Assignment:
+    """Keeps to the pairs that a run asked about before it was cut off, where other devices round to another choice."""
+    first, second, to_oracle, to_erm = (
+        np.array(x) for x in (assignment.duel.first, assignment.duel.second, assignment.to_oracle, assignment.to_erm)
+    )
+    differs = False
+    for row, texts in enumerate(proposal.texts):
+        former = ledger.find(f"{name}-{row}") or ledger.asked(f"{name}-{row}")
+        if former is None or former["prompt_id"] != proposal.batch["id"][row]:
+            continue
+        pair, paid = [former["first"], former["second"]], former["labeller"] == ORACLE
+        if not set(pair) <= set(texts):
+            continue
+        if [texts[first[row]], texts[second[row]]] != pair or to_oracle[row] != paid or to_erm[row] == paid:
+            differs = True
+            first[row], second[row] = map(texts.index, pair)
+            to_oracle[row], to_erm[row] = paid, not paid
+    if not differs:
+        return assignment
+    duel = Duel(first=jnp.asarray(first), second=jnp.asarray(second))
+    return replace(assignment, duel=duel, to_oracle=jnp.asarray(to_oracle), to_erm=jnp.asarray(to_erm))
+
+
+def _let_unfinished_lose(proposal: Proposal, assignment: Assignment) -> Assignment:
+    """Labels the pairs of which one response ended by itself and the other was cut: nobody needs to be asked."""
+    rows, duel = jnp.arange(proposal.finished.shape[0]), assignment.duel
+    first, second = proposal.finished[rows, duel.first], proposal.finished[rows, duel.second]
+    cut = (first != second) & (assignment.to_oracle | assignment.to_erm)
+    return replace(
+        assignment,
+        to_oracle=assignment.to_oracle & ~cut,
+        to_erm=assignment.to_erm | cut,
+        erm_labels=jnp.where(cut, first.astype(jnp.float32), assignment.erm_labels),
+        cut=cut,
+    )
+
+
 def _apply_limits(agent: Agent, state: State, proposal: Proposal, assignment: Assignment) -> Assignment:
     """Nobody is asked about twins, whatever a rule returns, nor beyond the budget."""
     duel = assignment.duel
@@ -403,6 +473,8 @@ def _label(
     """Labels [B] float32, one half where there is none; which rows have one, and which have the oracle's: two [B] bool."""
     first, second = np.asarray(assignment.duel.first), np.asarray(assignment.duel.second)
     to_oracle, to_erm = np.asarray(assignment.to_oracle), np.asarray(assignment.to_erm)
+    cut = np.zeros(len(first), bool) if assignment.cut is None else np.asarray(assignment.cut)
+    finished = np.asarray(proposal.finished)
     rows = np.flatnonzero(to_oracle | to_erm).tolist()
     questions = [
         Question(
@@ -413,6 +485,8 @@ def _label(
             first=proposal.texts[row][first[row]],
             second=proposal.texts[row][second[row]],
             erm_label=float(assignment.erm_labels[row]) if to_erm[row] else None,
+            cut=bool(cut[row]),
+            finished=(bool(finished[row, first[row]]), bool(finished[row, second[row]])),
         )
         for row in rows
     ]
@@ -450,9 +524,10 @@ def _duel_metrics(
     mean_probability = np.asarray(sampling.mean_label(rewards, assignment.duel))
     asked, kept = np.asarray(answered), np.asarray(labelled)
     best = np.asarray(rewards.argmax(-1))  # [K, B]
-    metrics = {
+    metrics: Metrics = {
         "actor/init_clash_ratio": float((best == best[:1]).all(0).mean()),
         "actor/response_length": float(proposal.candidates.lengths.mean()),
+        "actor/finished_ratio": float(np.asarray(proposal.finished).mean()),
         "actor/distinct_ratio": float(np.mean([len(set(row)) / len(row) for row in proposal.texts])),
         "explorer/model_data_ratio": float(to_erm.sum() / max(kept.sum(), 1)),
         "explorer/pairs": int(kept.sum()),

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import ml_collections
@@ -14,7 +15,7 @@ from sea_jax import settings
 from sea_jax.actors.bridge import ActorSettings
 from sea_jax.actors.generation import SamplingSettings
 from sea_jax.agent import ExplorationSettings
-from sea_jax.data.prompts import DataSettings
+from sea_jax.data.prompts import FILES, DataSettings
 from sea_jax.ensemble import EnsembleSettings
 from sea_jax.evaluation import EvaluationSettings
 from sea_jax.features import FeatureSettings
@@ -25,6 +26,7 @@ from sea_jax.oracles.oracle import OracleSettings
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
 from sea_jax.runtime.checkpoint import CheckpointSettings
+from sea_jax.runtime.metrics import MetricsSettings
 from sea_jax.settings import AT_LEAST_1, GIVEN, Check, one_of, section, setting
 
 SEED: Check = (lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
@@ -70,6 +72,7 @@ class RunSettings:
     oracle: OracleSettings = section(OracleSettings)
     eval: EvaluationSettings = section(EvaluationSettings)
     checkpoint: CheckpointSettings = section(CheckpointSettings)
+    metrics: MetricsSettings = section(MetricsSettings)
 
     def faults(self) -> Iterator[str]:
         """Yields a line for everything in different parts that does not go together."""
@@ -285,24 +288,89 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Where the servers are and how long they are waited for: a run may go on with others.
+# What a run may go on with otherwise: where the servers are and how long they are waited for, when it is saved, its name, and
+# in how many parts the same sums are taken, which tells them apart by rounding alone.
 MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retries", "actor.transport"} | {
     *("actor.weights_directory", "actor.weights_host", "actor.weights_port"),
-    *("oracle.urls", "oracle.timeout_s", "oracle.retries"),
+    *("oracle.urls", "oracle.timeout_s", "oracle.retries", "oracle.concurrency", "oracle.max_abstentions"),
+    *("name", "checkpoint.keep", "checkpoint.every_steps", "metrics.writers"),
+    *(
+        "mesh",
+        "learner.microbatch_size",
+        "learner.remat",
+        "eval.batch_size",
+        "oracle.batch_size",
+        "erm.trunk_batch_size",
+    ),
 }
+MAY_GROW = {"max_queries"}
+
+# Where things lie that decide a run's numbers; a run goes on with others if what lies there is the same.
+MODEL_PLACES = ("policy.source", "erm.trunk", "oracle.reward_model", "oracle.encoder")
+DATA_PLACES = ("data.path", "data.heldout_path", "data.directory")
 
 
-def differences(now: RunSettings, then: RunSettings) -> list[str]:
-    """Compares settings with those that a work directory was made with, the places of servers aside.
+def located(run: RunSettings) -> RunSettings:
+    """Returns settings whose relative paths are absolute, so that they mean the same from another directory."""
 
-    Returns:
-      One line per field that differs; empty if none does.
-    """
+    def whole(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path and "://" not in path else path
+
+    def if_there(source: str) -> str:  # else it is a name: of the hub, of a built-in model or in the cache
+        return whole(source) if source and Path(source).expanduser().exists() else source
+
+    is_file = run.data.source in FILES
+    data = replace(
+        run.data,
+        path=whole(run.data.path) if is_file else if_there(run.data.path),
+        heldout_path=whole(run.data.heldout_path),
+        directory=whole(run.data.directory),
+    )
+    return replace(
+        run,
+        bridge_token_file=whole(run.bridge_token_file),
+        data=data,
+        policy=replace(run.policy, source=if_there(run.policy.source)),
+        erm=replace(run.erm, trunk=if_there(run.erm.trunk)),
+        oracle=replace(
+            run.oracle, encoder=if_there(run.oracle.encoder), reward_model=if_there(run.oracle.reward_model)
+        ),
+    )
+
+
+def changes(now: RunSettings, then: RunSettings) -> dict[str, tuple[Any, Any]]:
+    """Returns what of the settings that decide a run's numbers is other than it was: name -> (then, now)."""
     values = {name: value for name, _, value in settings.walk(then)}
-    return sorted(
-        f"config.{name}: {values[name]!r} in the work directory, {value!r} now"
+    return {
+        name: (values[name], value)
         for name, _, value in settings.walk(now)
         if name not in MAY_DIFFER and value != values[name]
+    }
+
+
+def differences(now: RunSettings, then: RunSettings, allowed: Collection[str] = ()) -> list[str]:
+    """Compares settings with those that a work directory was made with; what may differ or grow is left out.
+
+    Args:
+      now: this run's.
+      then: the work directory's.
+      allowed: names of settings that may differ as well.
+
+    Returns:
+      One line per setting that differs and must not; empty if none does.
+
+    Raises:
+      ValueError: a name is no setting's.
+    """
+    names = [name for name, _, _ in settings.walk(now)]
+    if strangers := [name for name in allowed if name not in names]:
+        raise ValueError(
+            f"--allow_changed={','.join(strangers)}: no such setting; name them as in learner.learning_rate,loss.beta"
+        )
+    return sorted(
+        f"config.{name}: {before!r} in the work directory, {after!r} now"
+        for name, (before, after) in changes(now, then).items()
+        if name not in allowed and not (name in MAY_GROW and after > before)
     )
 
 

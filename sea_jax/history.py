@@ -93,7 +93,7 @@ def read_run(workdir: Path) -> Run:
         measured = [line for line in metrics if win_rate in line]
         needed = (QUERIES, GRADIENT_STEPS, f"{win_rate}_low", f"{win_rate}_high", LENGTH, INITIAL_LENGTH)
         _require(paths["metrics.jsonl"], measured, needed)
-    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event") not in ("ask", "abstention")]
+    labels = [line for line in read_lines(paths["queries.jsonl"]) if line.get("event", "label") == "label"]
     _require(paths["queries.jsonl"], labels, ("counted",))
     samples = read_lines(paths["samples.jsonl"])
     _require(paths["samples.jsonl"], samples, SAMPLE_FIELDS)
@@ -210,6 +210,5 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _settings(run: Run) -> dict[str, Any]:
     """The fields of a run's configuration on which its numbers depend."""
-    left_out = configuration.MAY_DIFFER | {"name", "seed", "mesh"}
-    flat = configuration.flatten(run.config)
-    return {name: value for name, value in flat.items() if name not in left_out and not name.startswith("checkpoint.")}
+    left_out = configuration.MAY_DIFFER | {"seed"}
+    return {name: value for name, value in configuration.flatten(run.config).items() if name not in left_out}

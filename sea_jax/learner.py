@@ -203,6 +203,8 @@ def _loss(
         rejected_length=jnp.maximum(batch.lengths[:, 1], 1),
     )
     values = losses.expected(loss, pairs, labels)
+    if not losses.always_finite(loss):
+        values = jnp.where(kept, values, 0.0)
     margin = losses.log_ratio_margin(pairs) * jnp.sign(labels - 0.5)
     drift = (policy_sum - reference_sum).mean(-1)
     report = {"loss": values, "margin": margin, "accuracy": margin > 0, "log_ratio": drift}

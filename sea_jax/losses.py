@@ -153,4 +153,18 @@ def expected(loss: Loss, pairs: PairLogps, labels: Float32[Array, " B"]) -> Loss
     """
     if LABELS in inspect.signature(loss).parameters:
         return loss(pairs, labels=labels)
-    return labels * loss(pairs) + (1 - labels) * loss(swap(pairs))
+    if always_finite(loss):
+        return labels * loss(pairs) + (1 - labels) * loss(swap(pairs))
+    return _share(labels, loss, pairs) + _share(1 - labels, loss, swap(pairs))
+
+
+def always_finite(loss: Loss) -> bool:
+    """Returns whether a loss is finite wherever log-probs are: the built-in ones are, of others nobody knows."""
+    return getattr(loss, "func", loss) in LOSSES.values()
+
+
+def _share(probability: Float32[Array, " B"], loss: Loss, pairs: PairLogps) -> Losses:
+    """probability x loss, 0 with gradient 0 where the probability is: there the loss may well be infinite."""
+    some = probability > 0
+    harmless = jax.tree.map(lambda x: jnp.where(some, x, jnp.ones_like(x)), pairs)  # finite, so that no gradient is NaN
+    return jnp.where(some, probability * loss(harmless), 0.0)

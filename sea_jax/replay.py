@@ -1,6 +1,7 @@
 """What has been labelled, as cached features on the devices, for the ERM to learn from."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ class ReplaySettings:
     replay_capacity: int = setting(
         50_000, "pairs kept, first in, first out", AT_LEAST_1, unit="pairs", source="authors' code"
     )
+
+
+RESIZABLE = ("replay/features", "replay/labels")  # where its pairs stand in a run's state, as many as it has room for
 
 
 @struct.dataclass
@@ -49,6 +53,20 @@ def empty_replay(capacity: int, num_features: int) -> Replay:
 def _divided(features: Float32[Array, "C 2 d"], labels: Float32[Array, " C"], added: Int32[Array, ""]) -> Replay:
     """A replay whose pairs are divided over the mesh like a batch."""
     return Replay(partition.constrain(features, "batch"), partition.constrain(labels, "batch"), partition.whole(added))
+
+
+@partial(jax.jit, static_argnames="capacity")
+def resized(replay: Replay, capacity: int) -> Replay:
+    """Returns a replay of another capacity with the newest pairs that it has room for."""
+    former, num_features = replay.labels.shape[0], replay.features.shape[-1]
+    number = replay.added - former + jnp.arange(former)  # of the pairs that are held, the oldest first
+    kept = (number >= 0) & (number >= replay.added - capacity)
+    slot = jnp.where(kept, number % capacity, capacity)  # out of bounds: dropped by the scatter
+    return _divided(
+        jnp.zeros((capacity, 2, num_features)).at[slot].set(replay.features[number % former], mode="drop"),
+        jnp.zeros(capacity).at[slot].set(replay.labels[number % former], mode="drop"),
+        replay.added,
+    )
 
 
 @jax.jit

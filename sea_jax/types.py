@@ -129,7 +129,8 @@ class Preference(Protocol):
     has no use for that, and says so by an attribute `pointwise` that is true.
 
     One that has a parameter `keys` (default None) is given the N names of the asks there, where a label is paid for; none
-    are given where win rates are measured.
+    are given where win rates are measured. In the same way one that has a parameter `finished` is given N pairs there: whether
+    the first and the second response ended by themselves, or were cut.
     """
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> Any: ...
@@ -140,7 +141,8 @@ class Oracle(Protocol):
 
     `swapped` [N] bool: which pairs are to be shown the other way round. A random key per duel, `keys` [N], drives whatever
     noise there is. `asks` are N names, unique over all runs: a duel that is sent again after a crash bears the same name, so
-    that who bills for an answer can give it from his own record.
+    that who bills for an answer can give it from his own record. One with a parameter `finished` is given N pairs there:
+    whether the two responses ended by themselves.
     """
 
     def __call__(
@@ -152,6 +154,7 @@ class Oracle(Protocol):
         keys: Array,
         asks: Sequence[str],
         /,
+        **tells: Any,
     ) -> Iterator[Judgement]: ...
 
 

@@ -160,18 +160,32 @@ def sampler_reads_features(config: RunSettings) -> bool:
     return config.actor.kind == "in_process" and not config.sampling.stop
 
 
-def replay_capacity(config: RunSettings) -> int:
-    """Returns how many duels the replay holds: never more than the run pays for, and always a batch."""
-    return max(min(config.erm.replay_capacity, config.max_queries), config.data.batch_size)
+def features_of_any(config: RunSettings, loaded: Parts) -> features.Featurize:
+    """Returns what the ERM sees of responses that the policy here may not have written."""
+    if loaded.features is not features.from_sampler:
+        return loaded.features
+    return features.build(
+        config.erm,
+        loaded.policy,
+        dtype=config.policy.dtype,
+        read_by_sampler=False,
+        batch_size=config.sampling.batch_size,
+    )
 
 
-def initial_state(config: RunSettings, loaded: Parts, total_steps: int) -> State:
+def replay_capacity(config: RunSettings, num_carried: int = 0) -> int:
+    """Returns how many duels the replay holds: never more than the run pays for or began with, and always a batch."""
+    return max(min(config.erm.replay_capacity, num_carried + config.max_queries), config.data.batch_size)
+
+
+def initial_state(config: RunSettings, loaded: Parts, total_steps: int, num_carried: int = 0) -> State:
     """Returns the state of a run before its first step.
 
     Args:
       config: RunSettings.
       loaded: Parts.
       total_steps: policy steps of the schedule.
+      num_carried: labels of another run that the replay must have room for as well.
     """
     model, initial = loaded.policy.config, loaded.policy.initial
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -181,7 +195,7 @@ def initial_state(config: RunSettings, loaded: Parts, total_steps: int) -> State
             learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype),
         ),
         ensemble=ensemble.init(config.erm, loaded.num_features, key),
-        replay=empty_replay(replay_capacity(config), loaded.num_features),
+        replay=empty_replay(replay_capacity(config, num_carried), loaded.num_features),
         step=0,
         queries=0,
         batches=0,
@@ -197,7 +211,7 @@ def responder(
       config: RunSettings.
       loaded: Parts.
       batches: batch number -> a batch of training prompts.
-      directory: where the responses of an engine are kept until a checkpoint has passed them.
+      directory: where responses are kept until a checkpoint has passed them.
     """
 
     def following(number: int) -> tuple[Prompts, Array]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from absl import logging
 from sea_jax import config as configuration
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import Fingerprint, other_heldout, other_training, otherwise_read
+from sea_jax.models.checkpoints import hf
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
 from sea_jax.settings import walk
 
-PROMPTS_FILE = "prompts_id"
+PROMPTS_FILE, MODELS_FILE = "prompts_id", "models_id"
 
 
 def saved_settings(workdir: Path) -> RunSettings:
@@ -71,12 +72,13 @@ def as_begun(settings: RunSettings, workdir: Path) -> RunSettings:
     return configuration.changed(settings, changes)
 
 
-def check_workdir(workdir: Path, settings: RunSettings) -> None:
+def check_workdir(workdir: Path, settings: RunSettings, allowed: Collection[str] = ()) -> None:
     """Refuses a work directory that other settings made.
 
     Args:
       workdir: where everything is written.
       settings: this run's.
+      allowed: names of settings that may be other ones.
 
     Raises:
       ValueError: the work directory is another configuration's, or nobody can tell whose, or is a file.
@@ -88,16 +90,71 @@ def check_workdir(workdir: Path, settings: RunSettings) -> None:
         raise ValueError(
             f"--workdir={workdir} holds a run but no config.json to compare with; name another directory, or put it back"
         )
-    differing = configuration.differences(settings, saved_settings(workdir)) if there else []
-    if differing:
+    then = configuration.located(saved_settings(workdir)) if there else settings
+    if differing := configuration.differences(settings, then, [*allowed, *_fingerprints(workdir)]):
         raise ValueError(
-            f"--workdir={workdir} belongs to another configuration; name another directory, or set:\n"
-            + "\n".join(differing)
+            f"--workdir={workdir} belongs to another configuration; name another directory, or what may change in "
+            "--allow_changed=NAME,NAME, or set:\n" + "\n".join(differing)
+        )
+
+
+def _fingerprints(workdir: Path) -> dict[str, str]:
+    """By the name of a place, what tells that which a run found there from others; what is not on record is left out.
+
+    What lies in those of "" is looked at by somebody else.
+    """
+    path = workdir / MODELS_FILE
+    found = json.loads(path.read_text()) if path.exists() else {}
+    prompts = dict.fromkeys(configuration.DATA_PLACES, "") if (workdir / PROMPTS_FILE).exists() else {}
+    return found | prompts | ({"policy.source": ""} if (workdir / FINGERPRINT_FILE).exists() else {})
+
+
+def _others(workdir: Path, found: Mapping[str, str]) -> list[str]:
+    """The places in which something else was found than there was when the run began."""
+    known = _fingerprints(workdir)
+    return [name for name in found if known.get(name, found[name]) != found[name]]
+
+
+def model_fingerprints(settings: RunSettings) -> dict[str, str]:
+    """Returns what tells the models of a run from others, by the setting that names them; the policy's stands by itself."""
+    found: dict[str, str] = {}
+    if settings.erm.trunk:
+        found["erm.trunk"] = hf.fingerprint(settings.erm.trunk)
+    if settings.oracle.kind == "embedding":
+        found["oracle.encoder"] = hf.fingerprint(settings.oracle.encoder)
+    if settings.oracle.kind in ("reward_model", "remote"):
+        served = settings.oracle.kind == "remote"
+        found["oracle.reward_model"] = hf.fingerprint(settings.oracle.reward_model, weights=not served)
+    return found
+
+
+def check_models(workdir: Path, settings: RunSettings, found: Mapping[str, str], allowed: Collection[str] = ()) -> None:
+    """Refuses other models in other places than a run began with.
+
+    Args:
+      workdir: where everything is written.
+      settings: this run's.
+      found: from `model_fingerprints`.
+      allowed: names of settings that may be other ones.
+
+    Raises:
+      ValueError: something else lies there.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    moved = configuration.changes(settings, configuration.located(saved_settings(workdir)))
+    others = _others(workdir, found)
+    if faults := [name for name in moved if name in others and name not in allowed]:
+        raise ValueError(
+            f"--workdir={workdir} began with other models; put them back, or start anew with another --workdir:\n"
+            + "\n".join(
+                f"config.{name}: what lies in {moved[name][1]} is not what lay in {moved[name][0]}" for name in faults
+            )
         )
 
 
 def claim(workdir: Path, settings: RunSettings, fingerprint: str, prompts: Fingerprint, began: datetime) -> None:
-    """Makes the work directory and leaves the settings in it, and what tells the policy and the prompts from others.
+    """Makes the work directory and leaves what tells the policy and the prompts from others in it, and the settings if new.
 
     Args:
       workdir: where everything is written.
@@ -110,6 +167,27 @@ def claim(workdir: Path, settings: RunSettings, fingerprint: str, prompts: Finge
     content = {"began": began.isoformat(), **dataclasses.asdict(prompts)}
     files.write_whole(workdir / PROMPTS_FILE, json.dumps(content) + "\n")
     files.write_whole(workdir / FINGERPRINT_FILE, fingerprint + "\n")
+    if not (workdir / "config.json").exists():
+        files.write_whole(workdir / "config.json", configuration.to_json(settings))
+
+
+def renew(workdir: Path, settings: RunSettings, found: Mapping[str, str], ledger: Ledger) -> None:
+    """Leaves the settings that a run goes on with; what of them changes its numbers is on record in the ledger before.
+
+    Args:
+      workdir: where everything is written.
+      settings: this run's, which `check_workdir` lets through.
+      found: from `model_fingerprints`, which `check_models` lets through.
+      ledger: of the work directory, open, so that no other run writes there.
+    """
+    then, others = configuration.located(saved_settings(workdir)), _others(workdir, found)
+    same = {*configuration.MODEL_PLACES, *configuration.DATA_PLACES} - {*others}
+    changed = {name: list(values) for name, values in configuration.changes(settings, then).items() if name not in same}
+    for name, (before, after) in changed.items():
+        logging.warning("goes on with config.%s=%r, which was %r", name, after, before)
+    if changed:
+        ledger.note("settings", {"changed": changed})
+    files.write_whole(workdir / MODELS_FILE, json.dumps(found) + "\n")
     files.write_whole(workdir / "config.json", configuration.to_json(settings))
 
 

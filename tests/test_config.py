@@ -105,6 +105,10 @@ REFUSED = [
     ("oracle.urls", "ftp://localhost:8000", "http:// or https:// URLs"),
     ("oracle.timeout_s", 0.0, "above 0"),
     ("oracle.retries", -1, "0 or more"),
+    ("exploration.unfinished", "wins", "one of asked, left_out, lose"),
+    ("metrics.writers", ("tensorflow",), "tensorboard, wandb or my_module:my_function"),
+    ("oracle.concurrency", 0, "1 or more"),
+    ("oracle.max_abstentions", -1, "0 or more"),
     ("exploration.rule", "thompson", "one of passive, ee_ts, bai_ts, uncertainty, .*or my_module:my_function"),
     ("exploration.rule", "a:b:c", "my_module:my_function"),
     ("exploration.width", 0.0, "above 0, or None"),
@@ -361,6 +365,35 @@ def test_differences(config):
     ]
     config.actor.urls, config.oracle.retries = "http://127.0.0.1:8000", 3  # servers may move while a run stands still
     assert len(configuration.differences(configuration.resolve(config), then)) == 2
+
+
+def test_a_budget_may_grow_and_what_is_allowed_may_change(config):
+    then = configuration.resolve(config)
+    config.max_queries, config.loss.beta, config.mesh = 60_000, 0.5, (2, 1, 1)
+    now = configuration.resolve(config)
+    assert configuration.differences(now, then) == ["config.loss.beta: None in the work directory, 0.5 now"]
+    assert configuration.differences(now, then, ["loss.beta"]) == []
+    assert configuration.changes(now, then) == {"max_queries": (50_000, 60_000), "loss.beta": (None, 0.5)}
+    assert configuration.differences(then, now, ["loss.beta"]) == [
+        "config.max_queries: 60000 in the work directory, 50000 now"
+    ]
+    with pytest.raises(ValueError, match=r"^--allow_changed=loss.bta: no such setting"):
+        configuration.differences(now, then, ["loss.beta", "loss.bta"])
+
+
+def test_relative_paths_mean_the_same_from_another_directory(config, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config.policy.source, config.erm.trunk, config.oracle.reward_model = "model", "llm-blender/PairRM", "builtin:x"
+    config.data.source, config.data.path, config.bridge_token_file = "parquet", "shards/*.parquet", "~/token"
+    found = configuration.located(configuration.resolve(config))
+    assert found.policy.source == str(tmp_path / "model")
+    assert (found.erm.trunk, found.oracle.reward_model) == ("llm-blender/PairRM", "builtin:x")
+    assert (found.data.path, found.data.heldout_path) == (str(tmp_path / "shards" / "*.parquet"), "")
+    assert found.bridge_token_file == str(Path("~/token").expanduser())
+    config.data.source = "huggingface"
+    assert configuration.located(configuration.resolve(config)).data.path == "shards/*.parquet"
+    assert configuration.located(found) == found
 
 
 def test_settings_survive_a_file(config):

@@ -11,7 +11,7 @@ import pytest
 from sea_jax import learner, losses
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
-from sea_jax.types import Array, Params, PreferenceBatch, Prompts
+from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
 from tests.support import tiny
 
 BETA = 0.3
@@ -189,6 +189,17 @@ def test_a_row_of_weight_0_is_left_out_whatever_is_in_it(spoil):
     found, report_of_spoilt = update(spoil(batch(), row))
     assert_trees_equal(found, clean)
     assert_trees_equal(report_of_spoilt, report)
+
+
+def reciprocal(pairs: PairLogps) -> Array:
+    """1 / h, which is infinite where nothing is known of a pair."""
+    return 1 / losses.log_ratio_margin(pairs)
+
+
+def test_a_row_of_weight_0_is_left_out_whatever_the_loss_makes_of_it():
+    step = {"loss": reciprocal, "config": tiny.CONFIG, "learner_config": PLAIN}
+    after, report = learner.update(learner.init(policy(), PLAIN), NOTHING_FROZEN, reference(), batch(), **step)
+    assert all(bool(jnp.isfinite(value).all()) for value in jax.tree.leaves((after, report)))
 
 
 def test_without_any_weight_nothing_changes():

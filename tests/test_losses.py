@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,6 +70,23 @@ def test_expected_dpo_is_the_cross_entropy_of_the_soft_label():
     np.testing.assert_allclose(
         losses.expected(losses.dpo, PAIRS, jnp.array([0.3, 1.0])), [0.738139, 0.854355], rtol=2e-6
     )
+
+
+def exponential(pairs: PairLogps) -> Array:
+    """exp(-h), which is infinite, with its gradient, long before h is."""
+    return jnp.exp(-losses.log_ratio_margin(pairs))
+
+
+def test_what_a_hard_label_does_not_ask_for_may_be_infinite_and_so_may_its_gradient():
+    apart = PairLogps(*map(jnp.array, ([-1.0, -1.0], [-200.0, -2.0], [-1.0, -1.0], [-1.0, -1.0], [3, 3], [4, 4])))
+    labels = jnp.array([1.0, 0.75])
+
+    def total(chosen: Array) -> Array:
+        return losses.expected(exponential, apart.replace(chosen=chosen), labels).sum()
+
+    np.testing.assert_allclose(losses.expected(exponential, apart, labels), [0, 0.75 / np.e + 0.25 * np.e], rtol=1e-6)
+    gradient = jax.grad(total)(apart.chosen)
+    np.testing.assert_allclose(gradient, [0, -0.75 / np.e + 0.25 * np.e], rtol=1e-6, atol=1e-30)
 
 
 def logps() -> st.SearchStrategy[Array]:

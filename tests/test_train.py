@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,18 +11,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import agent, train
+from sea_jax import agent, ensemble, learner, train
 from sea_jax import config as configuration
+from sea_jax.actors import generation
 from sea_jax.data.fingerprint import Fingerprint
 from sea_jax.models.checkpoints import builtin
 from sea_jax.oracles.ledger import Ledger
-from sea_jax.runtime import cache, metrics
-from sea_jax.workdir import claim
+from sea_jax.runtime import cache, checkpoint, metrics
+from sea_jax.workdir import claim, saved_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,8 +128,38 @@ def test_a_run_cut_off_after_its_labels_goes_on_to_the_same_numbers_and_pays_not
     assert outcome(workdir) == outcome(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_finish_the_step_save_say_so_and_the_same_command_goes_on(
+def test_a_run_that_goes_on_on_a_device_that_computes_otherwise_still_fits_what_it_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(max_queries=16, eval__every_queries=1000, eval__best_of_n=0, checkpoint__every_steps=3)
+    real_step, real_generate, real_rewards = agent.step, generation.generate, ensemble.rewards
+
+    def cut(this: agent.Agent, state: agent.State, key: Any) -> Any:
+        after = real_step(this, state, key)
+        if state.step == 2:
+            raise KeyboardInterrupt
+        return after
+
+    monkeypatch.setattr(agent, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path)
+    paid = (tmp_path / "queries.jsonl").read_text()
+    assert paid.count('"event": "ask"') > 8
+
+    def other_responses(params: Any, prompts: Any, key: Any, **how: Any) -> Any:
+        return real_generate(params, prompts, jax.random.fold_in(key, 1), **how)
+
+    monkeypatch.setattr(agent, "step", real_step)
+    monkeypatch.setattr(generation, "generate", other_responses)
+    monkeypatch.setattr(ensemble, "rewards", lambda heads, features: -real_rewards(heads, features))
+    train.train(config, tmp_path)
+    ledger = (tmp_path / "queries.jsonl").read_text()
+    assert ledger.startswith(paid)
+    assert ledger.count('"counted": true') == 16 == outcome(tmp_path)[-1]["misc/query_step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_ctrl_c_and_sigusr1_finish_the_step_save_say_so_and_the_same_command_goes_on(
     number: signal.Signals,
     finished: Path,
     tmp_path: Path,
@@ -157,6 +191,82 @@ def test_a_finished_run_started_again_only_reports(finished: Path, capsys: pytes
     train.train(configured(), finished)
     assert (finished / "queries.jsonl").read_bytes() == before
     assert "win rate" in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget_and_keeps_what_it_paid_for(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    more = {"max_queries": 32, "learner__learning_rate": 2e-3, "name": "more", "checkpoint__keep": 3}
+    longer = configured(**more, learner__microbatch_size=4)
+    with pytest.raises(
+        ValueError, match=r"--allow_changed=NAME,NAME, or set:\nconfig.learner.learning_rate: 0.001 in .*"
+    ):
+        train.train(longer, workdir)
+    train.train(longer, workdir, ["learner.learning_rate"])
+    paid, ledger = lines(finished / "queries.jsonl"), lines(workdir / "queries.jsonl")
+    assert ledger[: len(paid)] == paid
+    changed = {"learner.learning_rate": [0.001, 0.002], "max_queries": [24, 32]}
+    assert ledger[len(paid)] == {"event": "settings", "queries": 24, "changed": changed}
+    before, after = outcome(finished), outcome(workdir)
+    assert after[: len(before)] == before
+    assert after[-1]["misc/query_step"] == 32 == sum(bool(line.get("counted")) for line in ledger)
+    config = configuration.resolve(longer)
+    rates = learner.schedule(
+        learner.configured(config.learner, total_steps=train.policy_steps(config), dtype="float32")
+    )
+    step = before[-1]["misc/gradient_steps"]
+    assert after[len(before)]["train/learning_rate"] == pytest.approx(float(rates(step)))
+    labels = jax.ShapeDtypeStruct((32,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    _, parts = checkpoint.read(workdir / "checkpoints", {"replay/labels": labels})
+    kept = sorted(float(line["label"]) for line in ledger if line.get("counted"))
+    assert sorted(parts["replay/labels"].tolist()) == kept
+    assert "goes on with config.max_queries=32, which was 24" in caplog.text
+
+
+def test_a_run_goes_on_where_its_model_and_data_have_moved_if_they_are_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    moved = tmp_path / "prompts.jsonl"
+    moved.write_text(Path(configured().data.path).read_text())
+    model = copy_of_the_tiny_model(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    train.train(configured(data__path=moved.name, policy__source=model.name), Path("run"))
+    assert not [line for line in lines(workdir / "queries.jsonl") if line["event"] == "settings"]
+    kept = saved_settings(workdir)
+    assert (kept.data.path, kept.policy.source) == (str(moved), str(model))  # whoever reads it may be elsewhere
+    moved.write_text(moved.read_text().replace("?", "!", 1))
+    with pytest.raises(
+        ValueError, match=r"config.data.path: what lies in .*/others.jsonl is not what lay in .*prompts.jso"
+    ):
+        train.train(configured(data__path=str(moved.rename(tmp_path / "others.jsonl"))), workdir)
+
+
+def test_a_new_run_begins_with_the_labels_that_another_has_paid_for(finished: Path, tmp_path: Path) -> None:
+    config = configured(max_queries=4, eval__every_queries=1000, eval__best_of_n=0)
+    with pytest.raises(ValueError, match=rf"--labels={tmp_path}: --workdir=.* holds no config.json"):
+        train.train(config, tmp_path / "run", labels_of=tmp_path)
+    train.train(config, tmp_path / "run", labels_of=finished)
+    paid = [line for line in lines(finished / "queries.jsonl") if line.get("counted")]
+    told, *ledger = lines(tmp_path / "run" / "queries.jsonl")
+    assert told == {"event": "labels", "queries": 0, "of": str(finished), "pairs": 24}
+    assert sum(bool(line.get("counted")) for line in ledger) == 4
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {
+        "replay/labels": jax.ShapeDtypeStruct((28,), np.float32, sharding=one),
+        "replay/features": jax.ShapeDtypeStruct((28, 2, 32), np.float32, sharding=one),
+        "replay/added": jax.ShapeDtypeStruct((), np.int32, sharding=one),
+    }
+    _, before = checkpoint.read(tmp_path / "run" / "checkpoints", like, 0)
+    assert int(before["replay/added"]) == 24
+    np.testing.assert_array_equal(before["replay/labels"][:24], np.float32([line["label"] for line in paid]))
+    assert (np.ptp(before["replay/features"][:24], axis=-1) > 0).all()
+    _, after = checkpoint.read(tmp_path / "run" / "checkpoints", like)
+    assert int(after["replay/added"]) == 28
+    np.testing.assert_array_equal(after["replay/features"][:24], before["replay/features"][:24])
+    train.train(config, tmp_path / "run", labels_of=finished)  # goes on, and does not learn them once more
+    assert len(lines(tmp_path / "run" / "queries.jsonl")) == 1 + len(ledger)
 
 
 def nan_loss(pairs: Any, *, beta: float = 0.1) -> Any:

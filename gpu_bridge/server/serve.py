@@ -195,6 +195,8 @@ async def _serve(
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    # Tells a learner to save, and may go to all of a job: it needs the servers until then. The engine's processes inherit it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     gateway = Gateway(config, lambda: make(engine, progress_line(config.kind)))
     server = uvicorn.Server(
         uvicorn.Config(

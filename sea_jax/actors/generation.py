@@ -1,11 +1,13 @@
 """Prompts in, M sampled responses each out: the prompt is read once, its KV is shared, one jitted while_loop writes."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from sea_jax.models import decoder, partition
@@ -121,6 +123,17 @@ def configured(
         dtype=dtype,
         absent_ids=policy.tokenizer.absent_ids(policy.config.vocab_size),
     )
+
+
+def finished_by(eos_ids: Sequence[int]) -> Callable[[Candidates], Bool[np.ndarray, "B M"]]:
+    """Returns the function that tells which candidates ended by themselves; the others were cut at T tokens."""
+
+    def finished(candidates: Candidates) -> Bool[np.ndarray, "B M"]:
+        tokens, lengths = np.asarray(candidates.tokens), np.asarray(candidates.lengths)
+        last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
+        return np.isin(last, eos_ids) | (lengths < tokens.shape[-1])  # a stop string may end one, too
+
+    return finished
 
 
 class _State(NamedTuple):

@@ -50,9 +50,9 @@ class Journal:
         self._passed: deque[int] = deque(maxlen=keep + 1)  # the newest may still be on its way to the disk
         processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True), None, KEPT)
 
-    def find(self, number: int) -> Written | None:
-        """Returns the responses to the batch of a number, or None."""
-        path = self._path(number)
+    def find(self, number: int, name: str = "") -> Written | None:
+        """Returns the responses to the batch of a number, or None; the name tells several to one batch apart."""
+        path = self._path(number, name)
         content = processes.bytes_of_first(
             processes.by_first(lambda: path.read_bytes() if path.exists() else b"", b"", KEPT)
         )
@@ -63,8 +63,8 @@ class Journal:
             fields = {name: jnp.asarray(stored[name]) for name in stored.files if name != "about"}
         return Written(Candidates(**fields), about["version"], about["logprob_gap"])
 
-    def record(self, number: int, written: Written) -> None:
-        """Writes the responses to the batch of a number and returns when they are on disk.
+    def record(self, number: int, written: Written, name: str = "") -> None:
+        """Writes the responses to the batch of a number, under a name, and returns when they are on disk.
 
         Raises:
           OSError: the disk is full or gone.
@@ -73,7 +73,7 @@ class Journal:
         about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
         content = io.BytesIO()
         np.savez(content, about=np.array(about), **fields)
-        path = self._path(number)
+        path = self._path(number, name)
         processes.by_first(lambda: files.write_whole(path, content.getvalue()), None, KEPT)
 
     def checkpointed(self, batches: int) -> None:
@@ -85,8 +85,8 @@ class Journal:
     def _forget(self, batches: int) -> None:
         """Removes the files of the first so many batches."""
         for path in self._directory.glob("*.npz"):
-            if int(path.stem) < batches:
+            if int(path.stem.split("-")[0]) < batches:
                 path.unlink()
 
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{number}.npz"
+    def _path(self, number: int, name: str) -> Path:
+        return self._directory / (f"{number}-{name}.npz" if name else f"{number}.npz")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, PRNGKeyArray
 
 from sea_jax.actors.bridge import ActorSettings
-from sea_jax.actors.in_process import at_once
+from sea_jax.actors.in_process import kept
 from sea_jax.actors.journal import Journal, Written
 from sea_jax.types import Array, Candidates, Generate, Params, Prompts, Respond
 
@@ -188,18 +188,18 @@ def open_responder(
       settings: ActorSettings.
       generate: who writes.
       logprobs, initial, next_batch: as of `EngineResponder`, of servers.
-      directory: where the responses of servers are kept until a checkpoint has passed them.
+      directory: where responses are kept until a checkpoint has passed them.
       checkpoints_kept: how many.
 
     Raises:
       ValueError: several processes cannot write ahead.
     """
+    journal = Journal(directory, checkpoints_kept)
     if settings.kind == "in_process":
-        yield Responder(at_once(generate), lambda: None, lambda batches: None)
+        yield Responder(kept(generate, journal), lambda: None, journal.checkpointed)
         return
     if settings.lag and jax.process_count() > 1:
         raise ValueError("config.actor.lag=1: only a learner of one process writes ahead; set it to 0")
-    journal = Journal(directory, checkpoints_kept)
     with EngineResponder(
         generate,
         logprobs,

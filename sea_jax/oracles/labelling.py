@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sea_jax.oracles.ledger import Ledger, LedgerError
-from sea_jax.oracles.preferences import drawn_order
+from sea_jax.oracles.preferences import drawn_order, takes
 from sea_jax.runtime import processes
 from sea_jax.types import Array, Judgement, Oracle
+
+# Who labels a pair; CUT: nobody needs to, one response was cut and the other ended by itself.
+ORACLE, ERM, CUT = "oracle", "erm", "cut"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Question:
       first: text of the first response.
       second: text of the second response.
       erm_label: None: the oracle is asked and the query counted; else the label that the ERM gives.
+      cut: that label is not the ERM's: one response ended by itself, the other was cut.
+      finished: whether the first and the second response ended by themselves; None: nobody knows.
     """
 
     key: str
@@ -36,11 +41,17 @@ class Question:
     first: str
     second: str
     erm_label: float | None
+    cut: bool = False
+    finished: tuple[bool, bool] | None = None
+
+    @property
+    def labeller(self) -> str:
+        """ORACLE, ERM or CUT."""
+        return ORACLE if self.erm_label is None else CUT if self.cut else ERM
 
     def entry(self) -> dict[str, Any]:
         """Returns what the ledger holds of the question, without the label."""
-        labeller = "oracle" if self.erm_label is None else "erm"
-        content = "\0".join((self.prompt_id, self.prompt, self.first, self.second, labeller))
+        content = "\0".join((self.prompt_id, self.prompt, self.first, self.second, self.labeller))
         return {
             "key": self.key,
             "step": self.step,
@@ -48,7 +59,7 @@ class Question:
             "first": self.first,
             "second": self.second,
             "digest": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "labeller": labeller,
+            "labeller": self.labeller,
         }
 
 
@@ -91,6 +102,8 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
         for row, swap in zip(asked, swapped.tolist(), strict=True):
             entries[row]["swapped"] = swap
         processes.together(lambda: ledger.ask(entries[row] for row in asked), "the ledger")
+        finished = [questions[row].finished for row in asked]
+        tells = {"finished": finished} if takes(oracle, "finished") and None not in finished else {}
         judgements = oracle(
             [questions[row].prompt for row in asked],
             [questions[row].first for row in asked],
@@ -98,6 +111,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
             swapped,
             asked_keys,
             [f"{ledger.run_id}/{questions[row].key}" for row in asked],
+            **tells,
         )
         for judgement in _name_failures(judgements, len(asked), ledger):
             for number, probability, value in zip(*judgement, strict=True):

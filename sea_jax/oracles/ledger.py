@@ -14,6 +14,9 @@ from absl import logging
 
 from sea_jax.runtime import files
 
+# What a run went on with otherwise than before; whose labels it began with.
+NOTES = ("settings", "labels")
+
 
 class LedgerError(ValueError):
     """The ledger and the run contradict each other."""
@@ -25,7 +28,7 @@ class Ledger:
     A question to the oracle is two lines, an "ask" and, once it is answered, a "label", or an "abstention" where the step
     went on without an answer; a label that the ERM gives is one "label" line with everything in it. A line's `key` names the
     pair within the run: a pair that was labelled before a crash is found here when the run comes past it again, and one that
-    was only asked is asked again under the same name.
+    was only asked is asked again under the same name. Other lines are NOTES.
 
     Attributes:
       path: the file.
@@ -47,6 +50,8 @@ class Ledger:
         self._asks: dict[str, dict[str, Any]] = {}
         self._labelled: dict[str, dict[str, Any]] = {}
         self._abstained: set[str] = set()
+        self._unanswered_in_a_row = 0
+        self._notes: list[dict[str, Any]] = []
         self._file = _locked(path) if writes else None
         content = path.read_bytes() if path.exists() else b""
         self._size = self._read(content)
@@ -124,7 +129,8 @@ class Ledger:
                 for key, entry in new.items()
             ]
         )
-        self._labelled |= {key: asks[key] | entry for key, entry in new.items()}
+        for key, entry in new.items():
+            self._label(key, asks[key] | entry)
 
     def abstain(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Appends that asks are not answered and returns when that is on disk (fsync): a resumed run does not ask again.
@@ -137,11 +143,27 @@ class Ledger:
         """
         new = [entry["key"] for entry in entries if entry["key"] not in self._abstained]
         self._append([{"event": "abstention", "key": key} for key in new])
-        self._abstained |= set(new)
+        for key in new:
+            self._pass_over(key)
+
+    def note(self, event: str, told: Mapping[str, Any]) -> None:
+        """Appends what people should know of the run, unless it is there already: one of NOTES and what is told of it.
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        entry = {"event": event, "queries": self.counted(), **told}
+        if entry not in self._notes:
+            self._append([entry])
+            self._notes.append(entry)
 
     def counted(self) -> int:
         """Returns how many labels are paid queries."""
         return sum(bool(entry["counted"]) for entry in self._labelled.values())
+
+    def unanswered_in_a_row(self) -> int:
+        """Returns how many asks have been passed over since the last one that was answered."""
+        return self._unanswered_in_a_row
 
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """Returns every label with what was asked for it, oldest first."""
@@ -155,6 +177,10 @@ class Ledger:
                 break
             try:
                 entry = json.loads(line)
+                if entry["event"] in NOTES:
+                    self._notes.append(entry)
+                    intact += len(line)
+                    continue
                 event, key = entry.pop("event"), entry["key"]
                 if event == "ask":
                     self._asks[key] = entry
@@ -162,11 +188,11 @@ class Ledger:
                     whole = self._asks.get(key, {}) | entry
                     if not whole.keys() >= {"digest", "label", "counted"}:
                         raise ValueError("a label without what was asked")
-                    self._labelled[key] = whole
+                    self._label(key, whole)
                 elif event == "abstention":
                     if key not in self._asks:
                         raise ValueError("an abstention without what was asked")
-                    self._abstained.add(key)
+                    self._pass_over(key)
                 else:
                     raise ValueError(f"event {event!r}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -176,6 +202,15 @@ class Ledger:
                 ) from error
             intact += len(line)
         return intact
+
+    def _label(self, key: str, whole: dict[str, Any]) -> None:
+        self._labelled[key] = whole
+        if whole["counted"]:
+            self._unanswered_in_a_row = 0
+
+    def _pass_over(self, key: str) -> None:
+        self._abstained.add(key)
+        self._unanswered_in_a_row += 1
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Writes lines and syncs them; when that fails, what was written of them is cut off again."""

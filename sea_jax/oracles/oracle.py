@@ -7,7 +7,7 @@ from datetime import datetime
 
 import numpy as np
 
-from sea_jax.oracles import preferences
+from sea_jax.oracles import preferences, user_preference
 from sea_jax.oracles.embedding import embedding_similarity
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.runtime import processes
@@ -42,8 +42,18 @@ class OracleSettings:
     encoder: str = setting("builtin:all-minilm-l6-v2", "of the embedding oracle")
     reward_model: str = setting("", "sequence classifier with one label, given as policy.source is")
     urls: str = setting("", "remote: servers of oracle.reward_model, separated by commas; they share the texts", URLS)
-    timeout_s: float = setting(600.0, "remote: how long a server may take to answer", POSITIVE, unit="seconds")
-    retries: int = setting(8, "remote: as actor.retries", NOT_NEGATIVE)
+    timeout_s: float = setting(
+        600.0, "remote, async def: how long a server or a call may take to answer", POSITIVE, unit="seconds"
+    )
+    retries: int = setting(
+        8,
+        "remote: as actor.retries; my_preference: calls after one that failed; the waits double, up to a minute each",
+        NOT_NEGATIVE,
+    )
+    concurrency: int = setting(16, "my_preference, if it is async def: calls at once, of one pair each", AT_LEAST_1)
+    max_abstentions: int = setting(
+        64, "pairs in a row without an answer after which the run stops; 0: never", NOT_NEGATIVE, unit="pairs"
+    )
     dtype: str = setting("bfloat16", "compute dtype of the reward model", DTYPE)
     batch_size: int = setting(
         32, "texts that the reward model reads at a time; remote: that one request holds", AT_LEAST_1
@@ -106,7 +116,14 @@ def preference(settings: OracleSettings, token_file: str = "", now: datetime | N
         with naming("oracle.reward_model", settings.reward_model):
             scores = remote_reward(served, settings.reward_model, settings.max_tokens, now)
         return processes.asked_by_first(preferences.by_reward(scores, own_scale(settings)))
-    return processes.asked_by_first(user_function(settings.kind, "oracle.kind"))
+    caller = user_preference.Caller(
+        user_function(settings.kind, "oracle.kind"),
+        settings.kind,
+        settings.retries,
+        settings.timeout_s,
+        settings.concurrency,
+    )
+    return processes.asked_by_first(user_preference.persistent(caller))
 
 
 def remote_scores(settings: OracleSettings, token_file: str) -> Callable[[list[list[int]]], np.ndarray]:

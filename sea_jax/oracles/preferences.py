@@ -1,6 +1,8 @@
 """Who labels a duel. A preference is noise-free taste; an oracle turns it into labels, and wrappers add noise to any oracle."""
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,19 +79,22 @@ def answers(
       first: N responses.
       second: N responses.
       swapped: pairs that are shown the other way round unless the preference is pointwise.
-      names: handed on to the preference.
+      names: handed on to the preference; of `finished`, N pairs about the two responses, each is shown as these are.
 
     Yields:
       Rows and P(first wins) of those that are answered, turned back.
 
     Raises:
-      ValueError: it answers with another number of values, a row that it was not asked about or has answered before, or
-        a number outside [0, 1].
+      ValueError: it answers with another number of values, or about a row that it was not asked about or has answered before.
     """
     if getattr(preference, "pointwise", False):
         swapped = np.zeros(len(prompts), bool)
     shown_first = [b if swap else a for a, b, swap in zip(first, second, swapped, strict=True)]
     shown_second = [a if swap else b for a, b, swap in zip(first, second, swapped, strict=True)]
+    if "finished" in names:
+        names["finished"] = [
+            (b, a) if swap else (a, b) for (a, b), swap in zip(names["finished"], swapped, strict=True)
+        ]
     answered: set[int] = set()
     for rows, probability in _chunks(preference(prompts, shown_first, shown_second, **names), len(prompts)):
         for row in rows.tolist():
@@ -100,8 +105,6 @@ def answers(
             answered.add(row)
         known = ~np.isnan(probability)
         rows, probability = rows[known], probability[known]
-        if not ((probability >= 0) & (probability <= 1)).all():
-            raise ValueError(f"the oracle's probabilities must lie in [0, 1]; found {probability}")
         if len(rows):
             yield rows, np.where(swapped[rows], 1 - probability, probability)
 
@@ -109,27 +112,74 @@ def answers(
 def _chunks(said: Any, count: int) -> Iterator[tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]]:
     """Rows and probabilities, NaN where there is no answer, of whatever form a preference answers in."""
     if isinstance(said, Iterator):
-        for row, probability in said:
-            yield np.array([row]), np.array([probability], np.float64)
+        for answer in said:
+            row, value = row_and_value(answer)
+            yield np.array([row]), np.array([usable(value)])
         return
-    probability = np.asarray(said, np.float64)  # None becomes NaN
-    if probability.shape != (count,):
-        raise ValueError(f"the oracle was asked about {count} pairs and returned shape {probability.shape}")
-    yield np.arange(count), probability
+    yield np.arange(count), usable_values(said, count)
+
+
+def row_and_value(answer: Any) -> tuple[int, Any]:
+    """Takes apart what a preference yields.
+
+    Raises:
+      ValueError: it is no pair of a row and something.
+    """
+    try:
+        row, value = answer
+        return operator.index(row), value
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"the oracle yielded {answer!r}; it must yield (row, probability), rows counted from 0"
+        ) from None
+
+
+def usable_values(said: Any, count: int) -> Float64[np.ndarray, " N"]:
+    """Returns N = `count` answers as probabilities, NaN where there is none that can be used.
+
+    Raises:
+      ValueError: there is another number of them.
+    """
+    values = said if isinstance(said, np.ndarray | jax.Array) else np.array(said, object)  # texts stay texts
+    if values.shape != (count,):
+        raise ValueError(f"the oracle was asked about {count} pairs and returned shape {values.shape}")
+    return np.array([usable(value) for value in values.tolist()], np.float64)
+
+
+TOLD = 10  # answers that are shown of those that cannot be used
+
+
+def usable(value: Any) -> float:
+    """Returns an answer as a probability; NaN, with a warning unless it says that there is none, where it cannot be one."""
+    try:
+        number = np.asarray(value, np.float64)  # None becomes NaN
+        probability = float(number) if number.ndim == 0 else -math.inf
+    except (TypeError, ValueError):
+        probability = -math.inf
+    if 0 <= probability <= 1 or math.isnan(probability):
+        return probability
+    logging.log_first_n(
+        logging.WARNING,
+        "the oracle said %.60r of a pair: no probability in [0, 1], and taken as no answer",
+        TOLD,
+        value,
+    )
+    return math.nan
 
 
 def labelled(preference: Preference, labels: Labels) -> Oracle:
     """Makes an oracle of a preference and a way to label.
 
     Args:
-      preference: if it has a parameter `keys`, it is given the names of the asks there.
+      preference: if it has a parameter `keys`, it is given the names of the asks there; if it has one `finished`, whether
+        the first and the second response of each pair ended by themselves.
       labels: one of LABELS.
 
     Raises:
-      ValueError: the preference's `keys` has no default; or (by the oracle) the preference returns a wrong number of
-        values, or one outside [0, 1].
+      ValueError: the preference's `keys` or `finished` has no default; or (by the oracle) the preference returns a wrong
+        number of values.
     """
-    wants_keys = _wants_keys(preference)
+    wants_keys, wants_finished = takes(preference, "keys"), takes(preference, "finished")
 
     def oracle(
         prompts: Sequence[str],
@@ -138,26 +188,33 @@ def labelled(preference: Preference, labels: Labels) -> Oracle:
         swapped: Bool[np.ndarray, " N"],
         keys: Keys,
         asks: Sequence[str],
+        finished: Sequence[tuple[bool, bool]] | None = None,
     ) -> Iterator[Judgement]:
         names: dict[str, Any] = {"keys": list(asks)} if wants_keys else {}
+        if wants_finished and finished is not None:
+            names["finished"] = list(finished)
         for rows, probability in answers(preference, prompts, first, second, swapped, **names):
             yield Judgement(rows, probability, labels(probability, keys[rows]))
 
     return oracle
 
 
-def _wants_keys(preference: Preference) -> bool:
-    """Whether a preference takes the names of the asks."""
+def takes(asked: Callable[..., Any], name: str) -> bool:
+    """Returns whether a preference or an oracle takes what not all of them are told, in a parameter of this name.
+
+    Raises:
+      ValueError: the parameter has no default.
+    """
     try:
-        keys = inspect.signature(preference).parameters.get("keys")
+        parameter = inspect.signature(asked).parameters.get(name)
     except ValueError:  # some callables written in C tell nothing of their parameters
         return False
-    if keys is not None and keys.default is inspect.Parameter.empty:
+    if parameter is not None and parameter.default is inspect.Parameter.empty:
         raise ValueError(
-            f"the oracle's function {getattr(preference, '__name__', preference)}: its parameter `keys` needs a default of "
+            f"the oracle's function {getattr(asked, '__name__', asked)}: its parameter `{name}` needs a default of "
             "None, since win rates are measured without"
         )
-    return keys is not None
+    return parameter is not None
 
 
 SEEN, CERTAIN = 64, 0.95  # pairs after which a share of certain ones is told
@@ -209,10 +266,12 @@ def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
         swapped: Bool[np.ndarray, " N"],
         keys: Keys,
         asks: Sequence[str],
+        finished: Sequence[tuple[bool, bool]] | None = None,
     ) -> Iterator[Judgement]:
+        tells = {"finished": finished} if takes(oracle, "finished") else {}
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         flip = np.asarray(jax.vmap(jax.random.uniform)(own)) < flip_probability
-        for judgement in oracle(prompts, first, second, swapped, inner, asks):
+        for judgement in oracle(prompts, first, second, swapped, inner, asks, **tells):
             label = np.where(flip[judgement.rows], 1 - judgement.label, judgement.label)
             yield judgement._replace(label=label)
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import LogRecord, getLogger
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import jax
 from absl import logging
 from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from sea_jax.runtime import processes
@@ -85,12 +86,13 @@ def abstract(state: Any) -> Any:
     return jax.tree.map(describe, state)
 
 
-def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
+def restore(checkpointer: Checkpointer, like: Any, resizable: Collection[str] = ()) -> tuple[int, Any] | None:
     """Reads the newest checkpoint that can be read; one that is damaged is passed over and set aside with a warning.
 
     Args:
       checkpointer: from `open_directory`.
       like: a state of the same structure, shapes and dtypes, or what `abstract` says of one.
+      resizable: paths of arrays, such as replay/labels, whose first axis is returned as long as it is there.
 
     Returns:
       (step, state), or None if there is no checkpoint.
@@ -102,8 +104,10 @@ def restore(checkpointer: Checkpointer, like: Any) -> tuple[int, Any] | None:
     damaged: dict[int, str] = {}
     for step in sorted((metadata.step for metadata in checkpointer.checkpoints), reverse=True):
         try:
-            difference = _difference(_read(functools.partial(checkpointer.metadata, step)).metadata, like)
-            state = None if difference else _read(functools.partial(checkpointer.load, step, like))
+            found = _read(functools.partial(checkpointer.metadata, step)).metadata
+            expected = _resized(like, found, resizable)
+            difference = _difference(found, expected)
+            state = None if difference else _read(functools.partial(checkpointer.load, step, expected))
         except _DamagedError as damage:
             damaged[step] = str(damage)
             continue
@@ -208,14 +212,33 @@ def _difference(found: Any, expected: Any, parts: Iterable[str] = ()) -> str:
     return ""
 
 
+def _resized(like: Any, found: Any, resizable: Collection[str]) -> Any:
+    """What is expected, with the arrays of these paths as long as they are found, then not divided over devices."""
+    there = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+    def expect(path: Any, leaf: Any) -> Any:
+        own = there.get(_path(path))
+        if _path(path) not in resizable or not hasattr(own, "shape") or tuple(own.shape[:1]) == leaf.shape[:1]:
+            return leaf
+        whole = leaf.sharding
+        if isinstance(whole, NamedSharding):
+            whole = NamedSharding(whole.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct((*own.shape[:1], *leaf.shape[1:]), leaf.dtype, sharding=whole)
+
+    return jax.tree_util.tree_map_with_path(expect, like)
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _leaves(tree: Any) -> dict[str, str]:
     """What stands where: learner/trained/final_norm/scale -> float32[32]."""
 
     def kind(leaf: Any) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): kind(leaf) for path, leaf in leaves}
+    return {_path(path): kind(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _damage_of(error: Exception) -> str:

@@ -8,14 +8,14 @@ from absl import logging
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after a step; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a request to stop after a step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._former[number] = signal.signal(number, self._request)
         return self
 

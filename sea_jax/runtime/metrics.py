@@ -1,20 +1,97 @@
 """What a run measures of itself: the stop on NaN, and the files that hold the numbers."""
 
 import contextlib
+import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsFloat
+from typing import Any, Protocol, Self, SupportsFloat
 
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from sea_jax.runtime import files
+from sea_jax.settings import setting, user_function
 
 Metrics = Mapping[str, SupportsFloat | str]
+
+
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """Who is given the numbers besides metrics.jsonl."""
+
+    writers: tuple[str, ...] = setting(
+        (TENSORBOARD,),
+        '"tensorboard", "wandb" (Weights & Biases; pip install wandb), my_module:my_writer; any of them, or none',
+        (
+            lambda v: all(name in (TENSORBOARD, WANDB) or name.count(":") == 1 for name in v),
+            "tensorboard, wandb or my_module:my_function, or several of them",
+        ),
+    )
+
+
+class Sink(Protocol):
+    """Who is given the numbers of every step."""
+
+    def write(self, step: int, numbers: Mapping[str, float], /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; what the environment says of project and mode (WANDB_PROJECT, WANDB_MODE) holds."""
+
+    def __init__(self, directory: Path, name: str, run_id: str, about: Mapping[str, Any]) -> None:
+        """Begins a run there, or goes on with that of the same id.
+
+        Args:
+          directory: for its files.
+          name: shown to people.
+          run_id: the same whenever the run goes on.
+          about: the run's settings.
+        """
+        import wandb  # whoever does not name it need not have it
+
+        self._run = wandb.init(dir=str(directory), name=name, id=run_id, resume="allow", config=dict(about))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hands on the numbers of a step."""
+        self._run.log(dict(numbers), step=step, commit=True)
+
+    def close(self) -> None:
+        """Returns when all is handed on."""
+        self._run.finish()
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A function of the user's, called as `my_writer(step, numbers)`."""
+
+    function: Callable[[int, dict[str, float]], Any]
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hands on the numbers of a step."""
+        self.function(step, dict(numbers))
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def user_functions(settings: MetricsSettings) -> list[UserFunction]:
+    """Returns the writers of the user's own.
+
+    Raises:
+      ValueError: there is no such function, or another writer is not installed.
+    """
+    if WANDB in settings.writers and importlib.util.find_spec(WANDB) is None:
+        raise ValueError(f"config.metrics.writers={settings.writers}: wandb is not installed; pip install wandb")
+    return [UserFunction(user_function(name, "metrics.writers")) for name in settings.writers if ":" in name]
 
 
 class NotFiniteError(FloatingPointError):
@@ -83,7 +160,7 @@ def _drop_after(path: Path, last_step: int) -> None:
 
 
 class Writer:
-    """Writes a run's numbers to metrics.jsonl and TensorBoard, and its sampled texts to samples.jsonl.
+    """Writes a run's numbers to metrics.jsonl, TensorBoard and others, and its sampled texts to samples.jsonl.
 
     A run that goes on from a checkpoint names its step: what the work directory holds of later steps is dropped, so
     that no step stands there twice. A run from step 0 begins with empty files.
@@ -91,12 +168,16 @@ class Writer:
     Args:
       workdir: the work directory; made if it does not exist.
       start_step: training steps already done, whose lines are kept.
+      tensorboard: False: not there.
+      others: who else is given the numbers; they are closed with the files.
 
     Raises:
       ValueError: start_step is negative, or a file of the work directory is damaged before its last line.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int = 0) -> None:
+    def __init__(
+        self, workdir: Path, *, start_step: int = 0, tensorboard: bool = True, others: Sequence[Sink] = ()
+    ) -> None:
         if start_step < 0:
             raise ValueError(f"start_step must be 0 or more, found {start_step}")
         workdir.mkdir(parents=True, exist_ok=True)
@@ -107,7 +188,12 @@ class Writer:
         for path in files:
             with _failure_named(path):
                 _drop_after(path, first_step - 1)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._others = others
+        self._tensorboard: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # it imports torch where that is, and settings need neither
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._metrics, self._samples = (path.open("a", encoding="utf-8") for path in files)
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -127,11 +213,14 @@ class Writer:
         with _failure_named(self._workdir / "metrics.jsonl"):
             self._metrics.write(line)
             self._metrics.flush()
-        with _failure_named(self._workdir / "tensorboard"):
-            for name, value in metrics.items():
-                if not isinstance(value, str):
-                    self._tensorboard.add_scalar(name, float(value), step)
-            self._tensorboard.flush()
+        numbers = {name: float(value) for name, value in metrics.items() if not isinstance(value, str)}
+        if self._tensorboard is not None:
+            with _failure_named(self._workdir / "tensorboard"):
+                for name, number in numbers.items():
+                    self._tensorboard.add_scalar(name, number, step)
+                self._tensorboard.flush()
+        for other in self._others:
+            other.write(step, numbers)
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """Appends one sampled text with its rewards.
@@ -157,9 +246,12 @@ class Writer:
         Raises:
           OSError: the disk is full or gone.
         """
+        for other in self._others:
+            other.close()
         with _failure_named(self._workdir):
             try:
-                self._tensorboard.close()
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
             except OSError:
                 # It would try once more when the process ends, and print a traceback behind the error.
                 events = self._tensorboard.file_writer.event_writer

@@ -313,3 +313,9 @@ def test_temperature_0_takes_the_most_probable_token():
     token, logprob = generation.choose(logits, jax.random.key(0), GREEDY)
     np.testing.assert_array_equal(token, [1, 0])
     np.testing.assert_allclose(logprob, special.log_softmax(logits, axis=-1)[[0, 1], [1, 0]], rtol=1e-5)
+
+
+def test_a_response_has_ended_by_itself_if_its_last_token_says_so() -> None:
+    tokens = jnp.array([[[5, 2, 9], [5, 6, 2], [2, 9, 9], [5, 6, 7]]], jnp.int32)
+    written = Candidates(tokens, jnp.array([[2, 3, 1, 3]]), jnp.zeros((1, 4, 3)), jnp.zeros((1, 4, 0)))
+    assert generation.finished_by((2, 3))(written).tolist() == [[True, True, True, False]]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sea_jax.actors.in_process import kept
 from sea_jax.actors.journal import Journal, Written
 from sea_jax.actors.responder import EngineResponder, resumable
 from sea_jax.types import Array, Candidates, Params, Prompts
@@ -200,6 +201,20 @@ def test_what_no_checkpoint_comes_past_again_is_forgotten(tmp_path: Path) -> Non
             journal.checkpointed(number + 1)
     # The checkpoint behind 6 batches may not be on disk yet, the one behind 4 is.
     assert sorted(int(path.stem) for path in tmp_path.glob("*.npz")) == [4, 5]
+
+
+def test_what_was_written_in_this_process_is_kept_for_each_key(tmp_path: Path) -> None:
+    writer = Writer()
+    first = kept(writer, Journal(tmp_path, 1))(0, INITIAL, prompts(0), key(0), 0)[0]
+    respond = kept(writer, Journal(tmp_path, 1))
+    again, other = (respond(0, INITIAL, prompts(0), key(number), 0)[0] for number in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert len(writer.asked) == 2
+    assert (np.asarray(first.tokens) != np.asarray(other.tokens)).any()
+    journal = Journal(tmp_path, 1)
+    for batches in (1, 2, 3):
+        journal.checkpointed(batches)
+    assert not list(tmp_path.glob("*.npz"))
 
 
 def test_a_torn_file_is_not_taken_for_responses(tmp_path: Path) -> None:

@@ -173,7 +173,10 @@ def test_a_server_that_does_not_start_is_one_error_that_names_its_log(tmp_path: 
     assert "no engine here" in next(tmp_path.glob("logs/*/policy-0.log")).read_text()
 
 
-def test_servers_end_even_when_the_launcher_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, 130)])
+def test_servers_end_even_when_the_launcher_is_killed_and_when_it_is_told_to_save(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
     given = flags(tmp_path)
     command = [sys.executable, "-m", "gpu_bridge.launch", "--policy=p", "--gpus=0", f"--log_dir={given.log_dir}"]
     command += [f"--bridge_python={given.bridge_python}", "--", "--config=configs/nowhere.py"]
@@ -181,8 +184,8 @@ def test_servers_end_even_when_the_launcher_is_killed(tmp_path: Path) -> None:
     until = time.monotonic() + 30
     while not (pids := list(tmp_path.glob("logs/*/*.pid"))) and time.monotonic() < until:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    assert process.wait() == status
     pid = int(pids[0].read_text())
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.05)

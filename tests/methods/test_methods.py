@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import train
+from sea_jax import agent, train
 
 
 def configured(**fields: Any) -> Any:
@@ -51,12 +51,32 @@ def sees_too_much(rewards, distinct, key, *, mood):
     raise AssertionError
 
 
+def test_which_responses_may_be_compared():
+    texts, finished = [["a", "b", "a"]], np.array([[True, False, True]])
+    differ = [[[False, True, False], [True, False, True], [False, True, False]]]
+    assert agent.comparable(texts, finished, "asked").tolist() == differ
+    assert agent.comparable(texts, finished, "lose").tolist() == differ
+    assert not agent.comparable(texts, finished, "left_out").any()
+    assert agent.comparable(texts, ~finished, "left_out").sum() == 0
+    two = agent.comparable([["a", "b", "c"]], finished, "left_out")
+    assert np.argwhere(two[0]).tolist() == [[0, 2], [2, 0]]
+
+
+def of_an_even_first_token(eos_ids):
+    return lambda candidates: np.asarray(candidates.tokens[..., 0]) % 2 == 0
+
+
 @pytest.mark.slow
-def test_online_learns_from_two_plain_samples_and_no_reward_model(tmp_path):
-    train.train(configured(method="online", exploration__rule="passive"), tmp_path)
-    asks = [line for line in lines(tmp_path / "queries.jsonl") if line["event"] == "ask"]
-    assert len(asks) == 8
-    rows = lines(tmp_path / "metrics.jsonl")
+def test_online_learns_from_two_plain_samples_and_no_reward_model_and_cut_ones_may_lose(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finished_by", of_an_even_first_token)
+    train.train(configured(method="online", exploration__rule="passive", exploration__unfinished="lose"), tmp_path)
+    ledger, rows = lines(tmp_path / "queries.jsonl"), lines(tmp_path / "metrics.jsonl")
+    assert len([line for line in ledger if line["event"] == "ask"]) == 8
+    cut = [line for line in ledger if line.get("labeller") == "cut"]
+    assert {line["label"] for line in cut} == {0.0, 1.0}
+    assert not any(line["counted"] for line in cut)
+    assert sum(row["explorer/pairs"] for row in rows[1:]) == 8 + len(cut)
+    assert 0 < np.mean([row["actor/finished_ratio"] for row in rows[1:]]) < 1
     assert not any(name.startswith("train/rm/") for row in rows for name in row if not name.endswith("_time"))
     assert rows[-1]["misc/gradient_steps"] == len(rows) - 1
 
@@ -88,8 +108,18 @@ def never_answers(prompts, first, second, keys=None):
 
 
 @pytest.mark.slow
-def test_an_oracle_that_never_answers_is_not_asked_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "MAX_IDLE_STEPS", 2)
-    with pytest.raises(ValueError, match=r"no answer in 2 steps up to step 2: the oracle was asked and said nothing"):
-        train.train(configured(oracle__kind=f"{__name__}:never_answers"), tmp_path)
-    assert not [line for line in lines(tmp_path / "queries.jsonl") if line["event"] == "label"]
+def test_an_oracle_that_never_answers_is_not_asked_for_ever_though_the_ensemble_labels(tmp_path):
+    config = configured(
+        method="sea",
+        exploration__gamma=0.5,
+        exploration__burn_in_queries=0,
+        oracle__kind=f"{__name__}:never_answers",
+        oracle__max_abstentions=6,
+    )
+    with pytest.raises(
+        ValueError, match=r"has not answered ([6-9]) pairs in a row up to step \d+, .*max_abstentions=6"
+    ):
+        train.train(config, tmp_path)
+    ledger = lines(tmp_path / "queries.jsonl")
+    assert not [line for line in ledger if line.get("counted")]
+    assert [line for line in ledger if line.get("labeller") == "erm"]

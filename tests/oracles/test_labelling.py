@@ -25,6 +25,7 @@ def question(number: int, erm_label: float | None = None) -> Question:
         first=f"first {number}",
         second=f"second {number}",
         erm_label=erm_label,
+        finished=(True, number % 2 == 0),
     )
 
 
@@ -182,6 +183,23 @@ def test_noise_does_not_depend_on_what_else_is_asked(tmp_path, keys):
         again = labelling.label(mixed, drawn, ledger, many)
     assert again[6] == 0.5
     assert [again[i] for i in (*even, *odd) if i != 6] == [together[i] for i in (*even, *odd) if i != 6]
+
+
+def test_an_oracle_that_takes_it_is_told_which_responses_ended_by_themselves(path, keys):
+    told = []
+
+    def judge(prompts, first, second, finished=None):
+        told.extend(zip(prompts, first, finished, strict=True))
+        return np.full(len(prompts), 0.5)
+
+    oracle = preferences.flipped(preferences.labelled(judge, preferences.soft), 0.5)
+    with Ledger(path) as ledger:
+        labelling.label([question(0), question(1), question(2, 0.5), question(3)], oracle, ledger, keys)
+    assert len(told) == 3
+    for prompt, first, finished in told:
+        number, shown_first = int(prompt.split()[1]), first.startswith("first")
+        as_asked = (True, number % 2 == 0)
+        assert finished == (as_asked if shown_first else as_asked[::-1])
 
 
 def one_by_one(path, rows, seen):

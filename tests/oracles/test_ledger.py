@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sea_jax.oracles.ledger import Ledger, LedgerError
-from sea_jax.replay import Replay, add_pairs, empty_replay, sample_pairs
+from sea_jax.replay import Replay, add_pairs, empty_replay, resized, sample_pairs
 from tests.support.full_disk import full_disk
 
 C, B, D = 5, 3, 2
@@ -81,6 +81,18 @@ def test_a_batch_is_drawn_uniformly():
     np.add.at(counts, tuple(numbers.T), 1)
     assert stats.chisquare(counts[counts > 0]).pvalue > 0.01
     assert (counts > 0).sum() == 15  # every pair of 6
+
+
+@pytest.mark.parametrize(("count", "capacity"), [(0, 8), (3, 8), (5, 8), (13, 8), (3, 4), (5, 4), (13, 4), (13, 5)])
+def test_a_replay_of_another_capacity_holds_the_newest_pairs_and_goes_on_in_their_order(count, capacity):
+    found = resized(filled(C, count), capacity)
+    kept = list(range(max(1, count - min(C, capacity) + 1), count + 1))
+    by_slot = {(number - 1) % capacity: pairs(number, 1) for number in kept}
+    assert int(found.added) == count
+    for slot in range(capacity):
+        features, labels = by_slot.get(slot, (jnp.zeros((1, 2, D)), jnp.zeros(1)))
+        np.testing.assert_array_equal(found.features[slot], features[0])
+        assert found.labels[slot] == labels[0]
 
 
 # ---- The ledger

@@ -1,5 +1,6 @@
 """Intervals against literal numbers; the files of a run after crashes; the progress lines of a pipe."""
 
+import importlib.util
 import io
 import json
 import logging
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from sea_jax.runtime import metrics
 from sea_jax.runtime.files import read_lines
-from sea_jax.runtime.metrics import Metrics, NotFiniteError, Writer, check_finite
+from sea_jax.runtime.metrics import Metrics, MetricsSettings, NotFiniteError, Writer, check_finite
 from sea_jax.runtime.progress import Progress
 from sea_jax.statistics import over_seeds, win_rate
 from tests.support.full_disk import full_disk
@@ -232,6 +234,44 @@ def test_a_full_disk_is_one_error_that_names_the_file_and_a_resumed_run_goes_on(
     )  # what stood in a buffer came through when there was room
 
 
+NOTED: list[tuple[int, dict[str, float]]] = []
+
+
+def noting(step: int, numbers: dict[str, float]) -> None:
+    NOTED.append((step, numbers))
+
+
+def test_a_function_of_the_users_is_given_the_numbers_of_every_step(tmp_path: Path) -> None:
+    NOTED.clear()
+    own = metrics.user_functions(MetricsSettings(writers=(f"{__name__}:noting",)))
+    with Writer(tmp_path, tensorboard=False, others=own) as writer:
+        writer.write(1, {"loss": np.float32(0.5), "said": "something"})
+        writer.write(2, {"loss": 0.25})
+    assert NOTED == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
+    assert not (tmp_path / "tensorboard").exists()
+    with pytest.raises(ValueError, match=r"^config.metrics.writers=mine:writer: No module named 'mine'"):
+        metrics.user_functions(MetricsSettings(writers=("mine:writer",)))
+
+
+def test_weights_and_biases_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert metrics.user_functions(MetricsSettings()) == []
+    with pytest.raises(ValueError, match=r"^config.metrics.writers=\('wandb',\): wandb is not installed; pip install"):
+        metrics.user_functions(MetricsSettings(writers=("wandb",)))
+
+
+def test_weights_and_biases_is_given_the_numbers_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sink = metrics.WeightsAndBiases(tmp_path, "tiny-seed0", "0123456789abcdef", {"loss.beta": 0.1})
+    with Writer(tmp_path, others=[sink]) as writer:
+        writer.write(1, {"train/loss": 0.5, "said": "something"})
+        writer.write(2, {"train/loss": 0.25})
+        assert sink._run.summary["train/loss"] == 0.25
+        assert (sink._run.id, sink._run.config["loss.beta"]) == ("0123456789abcdef", 0.1)
+    assert list((tmp_path / "wandb").glob("offline-run-*-0123456789abcdef/*.wandb"))
+
+
 def test_piped_progress_is_plain_lines() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(20, "step", 2, stream=stream, clock=clock) as progress:
@@ -243,6 +283,21 @@ def test_piped_progress_is_plain_lines() -> None:
         "step 3/20 queries 48/320 labels 123456 loss 0.6931 elapsed 0:31 eta 8:47\n"
         "step 20/20 note a  [31mb c elapsed 1:00:31 eta 0:00\n"
     )
+
+
+def test_the_remaining_time_counts_neither_the_first_units_compilation_nor_evaluations_as_units() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, "query", 20, stream=stream, clock=clock) as progress:
+        clock.now_s += 50
+        progress.update(20, {}, aside_s=50, important=True)
+        clock.now_s += 60  # of which most go to compilation
+        progress.update(24, {}, important=True)
+        for done, evaluation_s in ((28, 0), (32, 100), (36, 0)):
+            clock.now_s += 8 + evaluation_s
+            progress.update(done, {}, important=True, aside_s=evaluation_s, aside_left_s=0 if done < 32 else 200)
+    etas = [line.split("eta ")[1] for line in stream.getvalue().splitlines()]
+    # 60 / 4 * 76 s; then 2 s a query: 144; 136 + 200; 128 + 200
+    assert etas == ["?", "19:00", "2:24", "5:36", "5:28"]
 
 
 def test_piped_progress_is_limited_but_for_important_and_last_lines() -> None:

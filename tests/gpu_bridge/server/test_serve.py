@@ -1,5 +1,6 @@
 """The servers' command line, where the token comes from, and when they end."""
 
+import signal
 import stat
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def test_a_server_whose_engine_is_gone_for_good_answers_who_waits_and_ends(tmp_p
         with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False) as http:
             while http.get("/health").status_code != 200 and time.monotonic() < until:
                 time.sleep(0.01)
+            process.send_signal(signal.SIGUSR1)  # tells a learner to save, and a server nothing
             answer = http.post("/generate", json=ASKED)
         assert (answer.status_code, "it is gone" in answer.json()["error"]) == (503, True)
         _, told = process.communicate(timeout=10)
