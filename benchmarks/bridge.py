@@ -136,6 +136,7 @@ def measure(options: argparse.Namespace, directory: Path, urls: Mapping[str, str
             top_k=0,
             top_p=1.0,
             feature_stack=None,
+            frozen_stacks=0,
             dtype=options.dtype,
         )
         engine = bridge(servers, policy.frozen, policy.config, how, weights_dtype=options.dtype)

@@ -226,6 +226,7 @@ def sampling_config(settings: Settings, policy: Policy) -> GenerationConfig:
         top_k=0,
         top_p=1.0,
         feature_stack=policy.feature_stack,
+        frozen_stacks=len(policy.frozen["stacks"]),
         dtype=settings.dtype,
     )
 

@@ -433,12 +433,14 @@ def take_duel(values: Array, duel: Duel) -> Array:
 def labelled_duels(experience: Experience) -> PreferenceBatch:
     """Lessons of direct optimizers: every pair that was labelled, whoever did it."""
     candidates, duel = experience.proposal.candidates, experience.duel
+    frozen = candidates.frozen
     return PreferenceBatch(
         prompts=experience.proposal.prompts,
         tokens=take_duel(candidates.tokens, duel),
         lengths=take_duel(candidates.lengths, duel),
         labels=experience.labels,
         weights=experience.labelled.astype(jnp.float32),
+        frozen=frozen and replace(frozen, responses=take_duel(frozen.responses, duel)),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
 from sea_jax.data import batching
-from sea_jax.models import deberta, decoder, encoder, partition, tokenizer
+from sea_jax.models import deberta, decoder, encoder, packing, partition, tokenizer
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
@@ -112,24 +112,29 @@ def of_reference(
     """
 
     def featurize(batch: Mapping[str, Any], candidates: Candidates, texts: Texts) -> Float32[Array, "B M d"]:
-        parts = [
-            response_features(
-                reference,
-                Prompts(batch["tokens"][rows], batch["valid"][rows]),
-                candidates.tokens[rows],
-                candidates.lengths[rows],
-                config=config,
-                feature_stack=feature_stack,
-                dtype=dtype,
+        parts = []
+        for rows in batching.portions(len(candidates.tokens), batch_size):
+            prompts = Prompts(batch["tokens"][rows], batch["valid"][rows])
+            tokens, lengths = candidates.tokens[rows], candidates.lengths[rows]
+            num_tokens = int(np.asarray(prompts.valid).sum() + np.asarray(lengths).sum())
+            parts.append(
+                response_features(
+                    reference,
+                    prompts,
+                    tokens,
+                    lengths,
+                    config=config,
+                    feature_stack=feature_stack,
+                    dtype=dtype,
+                    rows=packing.rounded(num_tokens, prompts.valid.size + tokens.size),
+                )
             )
-            for rows in batching.portions(len(candidates.tokens), batch_size)
-        ]
         return jnp.concatenate(parts)
 
     return featurize
 
 
-@partial(jax.jit, static_argnames=("config", "feature_stack", "dtype"))
+@partial(jax.jit, static_argnames=("config", "feature_stack", "dtype", "rows"))
 def response_features(
     params: Params,
     prompts: Prompts,
@@ -139,6 +144,7 @@ def response_features(
     config: ModelConfig,
     feature_stack: int | None,
     dtype: str,
+    rows: int | None = None,
 ) -> Float32[Array, "B M d"]:
     """Returns the mean hidden state over each response's tokens, read from a model that did not write them.
 
@@ -152,11 +158,13 @@ def response_features(
       config: ModelConfig.
       feature_stack: behind this many stacks of layers; None: behind the last norm.
       dtype: compute dtype.
+      rows: so many tokens are computed, at least as many as are valid; None: padding too.
     """
     valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
     streams = decoder.embed(params, config, prompts.tokens, prompts.valid, tokens, valid, dtype=dtype)
+    counted = None if rows is None else packing.choose(decoder.valid_tokens(prompts.valid, valid), rows)
     for stack in params["stacks"][:feature_stack]:
-        streams, _ = decoder.run_stack(stack, config, streams)
+        streams, _ = decoder.run_stack(stack, config, streams, counted=counted)
     assert streams.responses is not None
     hidden = streams.responses if feature_stack is not None else decoder.final(params, config, streams.responses)
     hidden = jnp.where(valid[..., None], hidden.astype(jnp.float32), 0)

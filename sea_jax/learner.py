@@ -7,19 +7,20 @@ norm, or everything). The frozen layers are run once and serve the policy and th
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Float32, Int32
 
 from sea_jax import losses
-from sea_jax.models import decoder, logprobs, partition
+from sea_jax.models import decoder, logprobs, packing, partition
 from sea_jax.models.config import ModelConfig
 from sea_jax.settings import AT_LEAST_1, BELOW_1, FRACTION, NOT_NEGATIVE, POSITIVE, setting
-from sea_jax.types import Array, PairLogps, Params, PreferenceBatch, Prompts
+from sea_jax.types import AnyArray, Array, FrozenStates, PairLogps, Params, PreferenceBatch, Prompts
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,44 @@ def init(trained: Params, config: LearnerConfig) -> Learner:
     return Learner(trained=trained, opt_state=optimizer(config).init(trained), step=jnp.zeros((), jnp.int32))
 
 
+class Rows(NamedTuple):
+    """How many tokens of a microbatch are computed, padding left out; None: all. Static under jit.
+
+    Attributes:
+      layers: of prompts and responses together.
+      vocabulary: of responses.
+    """
+
+    layers: int | None
+    vocabulary: int | None
+
+
+ALL_ROWS = Rows(None, None)
+
+
+def count_rows(
+    prompts: Prompts, tokens: Int32[AnyArray, "B M T"], lengths: Int32[AnyArray, "B M"], microbatch_size: int
+) -> Rows:
+    """Returns the rows of the fullest microbatch.
+
+    Args:
+      prompts: Prompts.
+      tokens: padded.
+      lengths: response tokens.
+      microbatch_size: prompts; divides B.
+    """
+    if partition.divides():
+        return ALL_ROWS
+    of_responses = np.asarray(lengths).sum(1)
+    both = np.stack([of_responses + np.asarray(prompts.valid).sum(1), of_responses])
+    counts = both.reshape(2, microbatch_size, -1).sum(1).max(1).tolist()  # as `optax.microbatch` takes them
+    per_prompt = tokens.shape[1] * tokens.shape[2]
+    sizes = [microbatch_size * (prompts.valid.shape[1] + per_prompt), microbatch_size * per_prompt]
+    # The same share of both: a program for each share, not for each pair of them.
+    grains = max(-(-count * packing.GRAIN // size) for count, size in zip(counts, sizes, strict=True))
+    return Rows(*(packing.rounded(grains * size // packing.GRAIN, size) for size in sizes))
+
+
 def response_logprobs(
     frozen: Params,
     trained: tuple[Params, ...],
@@ -126,6 +165,8 @@ def response_logprobs(
     config: ModelConfig,
     remat: bool,
     dtype: str,
+    rows: Rows = ALL_ROWS,
+    frozen_states: FrozenStates | None = None,
 ) -> tuple[Float32[Array, "B M T"], ...]:
     """Returns the response tokens' log-probs under one or more policies that share their frozen part, which is run once.
 
@@ -138,11 +179,15 @@ def response_logprobs(
       config: ModelConfig.
       remat: recompute activations of each layer in the backward pass.
       dtype: compute dtype.
+      rows: at least as many as are valid.
+      frozen_states: behind the frozen part; None: it is run.
 
     Returns:
       One array for each policy; 0 on padding.
     """
     valid = jnp.arange(tokens.shape[-1]) < lengths[..., None]
+    counted = None if rows.layers is None else packing.choose(decoder.valid_tokens(prompts.valid, valid), rows.layers)
+    predicted = None if rows.vocabulary is None else packing.choose(valid.reshape(-1), rows.vocabulary)
     embed = partial(
         decoder.embed,
         config=config,
@@ -153,18 +198,20 @@ def response_logprobs(
         dtype=dtype,
     )
     shared = None
-    if frozen["stacks"]:
+    if frozen_states is not None:
+        shared = decoder.Streams(frozen_states.prompt, frozen_states.responses, jnp.asarray(prompts.valid), valid)
+    elif frozen["stacks"]:
         shared = embed(frozen)
         for stack in frozen["stacks"]:
-            shared, _ = decoder.run_stack(stack, config, shared)
+            shared, _ = decoder.run_stack(stack, config, shared, counted=counted)
         shared = jax.lax.stop_gradient(shared)
 
     def behind(part: Params) -> Float32[Array, "B M T"]:
         params = decoder.join(frozen, part)
         streams = embed(params) if shared is None else shared
         for stack in part["stacks"]:
-            streams, _ = decoder.run_stack(stack, config, streams, remat=remat)
-        return logprobs.response_logprobs(params, config, streams, tokens)
+            streams, _ = decoder.run_stack(stack, config, streams, remat=remat, counted=counted)
+        return logprobs.response_logprobs(params, config, streams, tokens, predicted=predicted)
 
     return tuple(behind(part) for part in trained)
 
@@ -177,6 +224,7 @@ def _loss(
     loss: Callable[[PairLogps], Float32[Array, " B"]],
     config: ModelConfig,
     learner_config: LearnerConfig,
+    rows: Rows,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Sum of weighted losses over a microbatch, and sums of what is reported; both are divided by the total weight later."""
     policy, ref = response_logprobs(
@@ -188,6 +236,8 @@ def _loss(
         config=config,
         remat=learner_config.remat,
         dtype=learner_config.dtype,
+        rows=rows,
+        frozen_states=batch.frozen,
     )
     # Whatever stands in a row that is left out, NaN included, must reach neither the sums nor their gradient.
     kept = batch.weights > 0
@@ -233,7 +283,7 @@ def accumulated(
     return optax.microbatch(stored, argnums=0, microbatch_size=microbatch_size)(batch)
 
 
-@partial(jax.jit, static_argnames=("loss", "config", "learner_config"), donate_argnames=("learner",))
+@partial(jax.jit, static_argnames=("loss", "config", "learner_config", "rows"), donate_argnames=("learner",))
 def update(
     learner: Learner,
     frozen: Params,
@@ -243,6 +293,7 @@ def update(
     loss: Callable[[PairLogps], Float32[Array, " B"]],
     config: ModelConfig,
     learner_config: LearnerConfig,
+    rows: Rows = ALL_ROWS,
 ) -> tuple[Learner, dict[str, Float32[Array, ""]]]:
     """Takes one policy step on a batch of preference pairs (SEA paper, Algorithm 2, line 10).
 
@@ -254,6 +305,7 @@ def update(
       loss: with its hyper-parameters bound.
       config: ModelConfig.
       learner_config: LearnerConfig.
+      rows: of a microbatch, see `count_rows`.
 
     Returns:
       Learner and numbers: loss, margin (h towards the preferred response), accuracy, log_ratio (mean log pi/pi_ref),
@@ -263,7 +315,7 @@ def update(
 
     def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Float32[Array, ""]]]:
         return jax.grad(_loss, has_aux=True)(
-            learner.trained, frozen, reference, microbatch, loss, config, learner_config
+            learner.trained, frozen, reference, microbatch, loss, config, learner_config, rows
         )
 
     sums = accumulated(gradient, batch, learner_config.microbatch_size, decoder.specs(config, learner.trained))

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sea_jax import config as configuration
 from sea_jax import ensemble, features, learner, losses, policy_logprobs, preflight, wiring
 from sea_jax.actors import generation
+from sea_jax.actors.in_process import REMEMBERED_BYTES, bytes_of_prompts
 from sea_jax.actors.responder import COMPARED
 from sea_jax.config import RunSettings
 from sea_jax.data import batching
@@ -40,7 +41,7 @@ from sea_jax.policy import Division, check_language_model, divide_layers
 from sea_jax.replay import empty_replay
 from sea_jax.runtime import console
 from sea_jax.settings import naming
-from sea_jax.types import PreferenceBatch, Prompts
+from sea_jax.types import FrozenStates, PreferenceBatch, Prompts
 
 flags.declare_key_flag(console.CONFIG.name)  # the rest of its flags is for those who compute
 DEVICES = flags.DEFINE_integer("devices", 8, "How many devices; of a TPU, its topology says.", lower_bound=1)
@@ -266,8 +267,14 @@ class ShapedRun:
             top_k=drawn.top_k,
             top_p=drawn.top_p,
             feature_stack=self.cut.feature_stack,
+            frozen_stacks=len(self.frozen["stacks"]),
             dtype=self.config.policy.dtype,
         )
+
+    @property
+    def keeps_frozen_states(self) -> bool:
+        """Whether the sampler, in this process, hands on what it meets behind frozen layers."""
+        return bool(self.frozen["stacks"]) and self.mesh.size == 1 and self.config.actor.kind == "in_process"
 
     @property
     def best_of_n(self) -> generation.GenerationConfig:
@@ -321,6 +328,10 @@ def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]
         "optimiser": bytes_per_device(run.learner.opt_state),
         "reference": bytes_per_device(run.reference),
     }
+    if run.keeps_frozen_states:
+        prompts = run.config.eval.num_prompts * run.prompt_tokens
+        heldout = bytes_of_prompts(run.frozen, run.model, prompts, config.policy.dtype)
+        held["held-out prompts, read"] = min(heldout, REMEMBERED_BYTES)
     steps = [training_step(run)]
     if config.actor.kind == "in_process":
         steps += writing_steps(run)
@@ -339,12 +350,17 @@ def training_step(run: ShapedRun) -> Step:
     """Compiles the policy step."""
     rows = run.config.data.batch_size
     tokens, lengths = run.responses(rows, 2, run.config.sampling.max_new_tokens)
+    frozen = None
+    if run.keeps_frozen_states:
+        d, dtype = run.model.d_model, run.config.policy.dtype
+        frozen = FrozenStates(run.shape(dtype, rows, run.prompt_tokens, d), run.shape(dtype, *tokens.shape, d))
     pairs = PreferenceBatch(
         prompts=run.prompts(rows),
         tokens=tokens,
         lengths=lengths,
         labels=run.shape(jnp.float32, rows),
         weights=run.shape(jnp.float32, rows),
+        frozen=frozen,
     )
     lower = functools.partial(
         learner.update.lower,

@@ -18,17 +18,15 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sea_jax import history
 from sea_jax.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REPORT = "report.md"
 PICTURE = "win_rate.png"
@@ -51,7 +49,7 @@ INTERVALS = (
 )
 
 
-def _draw_curve(axes: Axes, x: np.ndarray, intervals: Sequence[Interval], color: str, **line: Any) -> None:
+def _draw_curve(axes: "Axes", x: np.ndarray, intervals: Sequence[Interval], color: str, **line: Any) -> None:
     mean, low, high = (
         np.asarray([getattr(interval, name) for interval in intervals]) for name in ("mean", "low", "high")
     )
@@ -83,6 +81,12 @@ def draw(runs: Sequence[history.Run], path: Path) -> None:
         "lines.markersize": 5.0,
         "legend.frameon": False,
     }
+    # Takes seconds, and runs import this file long before they draw.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     with style.context(["default", appearance]):
         figure = Figure(figsize=(9.6, 4.0), dpi=125, layout=ConstrainedLayoutEngine(wspace=0.05))
         panels = figure.subplots(1, 2, sharey=True)

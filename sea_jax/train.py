@@ -110,6 +110,7 @@ def train_on(mesh: Mesh, config: RunSettings, workdir: Path) -> None:
                 loss=loss,
                 config=policy.config,
                 learner_config=learner_config,
+                rows=learner.count_rows(pairs.prompts, pairs.tokens, pairs.lengths, learner_config.microbatch_size),
             ),
             max_queries=config.max_queries,
             standardise=config.erm.standardise,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Bool, Float32, Float64, Int, Int32
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # of the devices or of the host
@@ -27,6 +27,14 @@ class Prompts:
 
 
 @struct.dataclass
+class FrozenStates:
+    """Hidden states of prompts and responses behind the layers that are not trained, which nothing changes any more."""
+
+    prompt: Float[Array, "B P d"]
+    responses: Float[Array, "B M T d"]
+
+
+@struct.dataclass
 class Candidates:
     """M sampled responses to each prompt.
 
@@ -35,12 +43,14 @@ class Candidates:
       lengths: response tokens, the end-of-sequence token included.
       logprobs: of the sampled tokens at temperature 1; 0 on padding.
       features: mean over the response tokens of the hidden state read for the ERM; d = 0 where none is read.
+      frozen: what the sampler met behind the frozen layers, for the learner; None: it runs them itself.
     """
 
     tokens: Int32[Array, "B M T"]
     lengths: Int32[Array, "B M"]
     logprobs: Float32[Array, "B M T"]
     features: Float32[Array, "B M d"]
+    frozen: FrozenStates | None = None
 
 
 @struct.dataclass
@@ -81,6 +91,7 @@ class PreferenceBatch:
       lengths: response tokens.
       labels: in [0, 1], the probability that the first response wins.
       weights: 0 leaves a pair out.
+      frozen: of prompts and both responses; None: the learner runs the frozen layers.
     """
 
     prompts: Prompts
@@ -88,6 +99,7 @@ class PreferenceBatch:
     lengths: Int32[Array, "B 2"]
     labels: Float32[Array, " B"]
     weights: Float32[Array, " B"]
+    frozen: FrozenStates | None = None
 
 
 class Judgement(NamedTuple):

@@ -92,16 +92,17 @@ class Parts:
         """Returns how batches of prompts are padded."""
         return {"pad_id": self.policy.tokenizer.pad_id, "bucket": bucket}
 
-    def generate(self, how: GenerationConfig, batch_size: int = 0) -> Generate:
+    def generate(self, how: GenerationConfig, batch_size: int = 0, *, again: bool = False) -> Generate:
         """Returns an actor that writes with this policy.
 
         Args:
           how: GenerationConfig.
           batch_size: this process writes to so many prompts at a time; 0: to all of a batch.
+          again: the same prompts will come again.
         """
         frozen, model = self.policy.frozen, self.policy.config
         write = (
-            in_process(frozen, model, how, batch_size)
+            in_process(frozen, model, how, batch_size, again=again)
             if self.servers is None
             else bridge(self.servers, frozen, model, how, weights_dtype=self.weights_dtype)
         )
@@ -241,7 +242,7 @@ def heldout_evaluation(
     heldout = list(evaluation_batches(loaded.heldout_prompts, batch_size=config.eval.batch_size, **padding))
     few = loaded.heldout_prompts[: config.eval.best_of_n_prompts]
     many = how(num_samples=max(best_of_n, 1))
-    write_one = watched(loaded.generate(how(num_samples=1, temperature=0.0)))
+    write_one = watched(loaded.generate(how(num_samples=1, temperature=0.0), again=True))
     write_many = watched(loaded.generate(many, config.sampling.batch_size))
 
     def greedy(trained: Params, version: int) -> Responses:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agreement, machine, step, work
+from benchmarks import agreement, growth, machine, step, work
 from benchmarks.inputs import Inputs, Settings
 from benchmarks.jax_step import JaxStep
 from benchmarks.torch_step import TorchStep
@@ -152,3 +152,9 @@ def test_counted_work_is_that_of_the_products(small):
 def test_threads_that_are_not_there():
     with pytest.raises(ValueError, match="--threads=100000: this process may use"):
         machine.confine(100_000)
+
+
+def test_slopes_of_growth():
+    assert growth.slope([1, 2, 4, 8], [9, 10, 20, 40]) == pytest.approx(1)
+    assert growth.slope([1, 2, 4], [1, 4, 16]) == pytest.approx(2)
+    assert growth.slope([1, 2, 4], [5, 5, 5]) == pytest.approx(0)

@@ -11,7 +11,7 @@ import pytest
 from sea_jax import learner, losses
 from sea_jax.learner import Learner, LearnerConfig
 from sea_jax.models import decoder
-from sea_jax.types import Array, Params, PreferenceBatch, Prompts
+from sea_jax.types import Array, FrozenStates, Params, PreferenceBatch, Prompts
 from tests.support import tiny
 
 BETA = 0.3
@@ -230,6 +230,48 @@ def test_the_last_layers_alone_are_the_whole_model_with_the_other_gradients_zero
     assert float(report["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
     assert_trees_close(gradient(state, LAST), clipped, rtol=1e-3, atol=1e-6 * LAST.clip_norm)
     assert_trees_close(state.trained, stepped, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_those_of_the_fullest_microbatch():
+    pairs = batch()
+    prompts, of_responses = np.array([8, 3, 5, 6]), np.array([8, 6, 8, 9])
+    count = partial(learner.count_rows, pairs.prompts, pairs.tokens, pairs.lengths)
+    # All four prompts: 53 of 80 tokens, 31 of 48 of responses; every second one: 29 of 40, 16 of 24. In eighths, upwards.
+    assert (prompts + of_responses).sum() == 53
+    assert count(4) == (60, 36)
+    assert count(2) == (30, 18)
+    # One token each: 30 of 80, which is three eighths, and so many of the responses' too.
+    assert learner.count_rows(pairs.prompts, pairs.tokens, jnp.ones((4, 2), jnp.int32), 4) == (30, 18)
+
+
+def test_padding_left_out_and_frozen_states_handed_on_change_nothing():
+    frozen, trained, reference_part = divided()
+    config = dataclasses.replace(LAST, microbatch_size=2)
+    expected, report = update(batch(), config, learner.init(trained, config), frozen, reference_part)
+    pairs = batch()
+    valid = jnp.arange(6) < pairs.lengths[..., None]
+    streams = decoder.embed(
+        frozen, tiny.CONFIG, pairs.prompts.tokens, pairs.prompts.valid, pairs.tokens, valid, dtype="float32"
+    )
+    streams, _ = decoder.run_stack(frozen["stacks"][0], tiny.CONFIG, streams)
+    assert streams.responses is not None
+    pairs = dataclasses.replace(pairs, frozen=FrozenStates(streams.prompt, streams.responses))
+    blind = {
+        "stacks": jax.tree.map(jnp.zeros_like, frozen["stacks"]),
+        "embed": frozen["embed"],
+    }  # they are not run again
+    found, own_report = learner.update(
+        learner.init(trained, config),
+        blind,
+        reference_part,
+        pairs,
+        loss=LOSS,
+        config=tiny.CONFIG,
+        learner_config=config,
+        rows=learner.count_rows(pairs.prompts, pairs.tokens, pairs.lengths, 2),
+    )
+    assert_trees_close(own_report, report, rtol=1e-4, atol=1e-6)
+    assert_trees_close(gradient(found, config), gradient(expected, config), rtol=1e-3, atol=1e-6)
 
 
 def test_divide_and_join():

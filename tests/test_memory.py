@@ -108,7 +108,7 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
             calls.add((len(prompts.tokens), dataclasses.replace(sampling, eos_ids=(0,), pad_id=0)))
 
         def __call__(
-            self, params: Params, prompts: Prompts, key: Array, *, config: object, sampling: Any
+            self, params: Params, prompts: Prompts, key: Array, *, config: object, sampling: Any, **fewer_rows: Any
         ) -> Candidates:
             self.lower(params, prompts, key, config=config, sampling=sampling)
             shape = (len(prompts.tokens), sampling.num_samples, sampling.max_new_tokens)
@@ -122,8 +122,10 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
             assert prompts.tokens.shape[:1] == tokens.shape[:1]
             calls.add((jax.tree.structure(params), tokens.shape, lengths.shape, *how.values()))
 
-        def __call__(self, params: Params, prompts: Prompts, tokens: Array, lengths: Array, **how: Any) -> Array:
-            self.lower(params, prompts, tokens, lengths, **how)
+        def __call__(
+            self, params: Params, prompts: Prompts, tokens: Array, lengths: Array, *, rows: int | None, **how: Any
+        ) -> Array:
+            self.lower(params, prompts, tokens, lengths, **how)  # for all rows, the most there can be
             return jnp.zeros((*lengths.shape, 64))
 
     monkeypatch.setattr(generation, "generate", Generate())

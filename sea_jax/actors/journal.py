@@ -60,7 +60,7 @@ class Journal:
             return None
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             about = json.loads(str(stored["about"]))
-            fields = {name: jnp.asarray(stored[name]) for name in stored.files if name != "about"}
+            fields: dict[str, Any] = {name: jnp.asarray(stored[name]) for name in stored.files if name != "about"}
         return Written(Candidates(**fields), about["version"], about["logprob_gap"])
 
     def record(self, number: int, written: Written) -> None:
@@ -69,7 +69,8 @@ class Journal:
         Raises:
           OSError: the disk is full or gone.
         """
-        fields: dict[str, Any] = {name: np.asarray(value) for name, value in vars(written.candidates).items()}
+        there = {name: value for name, value in vars(written.candidates).items() if value is not None}
+        fields = {name: np.asarray(value) for name, value in there.items()}
         about = json.dumps({"version": written.version, "logprob_gap": written.logprob_gap})
         content = io.BytesIO()
         np.savez(content, about=np.array(about), **fields)

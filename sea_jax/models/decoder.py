@@ -11,9 +11,10 @@ import numpy as np
 from jax.nn.initializers import normal
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from sea_jax.models import partition, rope
+from sea_jax.models import packing, partition, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
+from sea_jax.models.packing import Packing
 from sea_jax.models.parameters import ParamSpec, initialise, matrices, norm
 from sea_jax.types import AnyArray, Array, Params
 
@@ -39,6 +40,14 @@ class Streams:
     responses: Float[Array, "B M T d"] | None
     prompt_valid: Bool[AnyArray, "B P"]
     responses_valid: Bool[AnyArray, "B M T"] | None
+
+
+def valid_tokens(
+    prompt_valid: Bool[AnyArray, "B P"], responses_valid: Bool[AnyArray, "B M T"] | None = None
+) -> Bool[Array, " N"]:
+    """Which tokens are no padding, in the order in which layers take them: each prompt's and, behind them, its responses'."""
+    parts = [part for part in (prompt_valid, responses_valid) if part is not None]
+    return jnp.concatenate([jnp.asarray(part).reshape(len(part), -1) for part in parts], axis=1).reshape(-1)
 
 
 def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
@@ -163,7 +172,9 @@ def embed(
     return Streams(table[prompt_tokens].astype(dtype), responses, prompt_valid, responses_valid)
 
 
-def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bool = False) -> tuple[Streams, PromptKV]:
+def run_stack(
+    stack: Params, config: ModelConfig, streams: Streams, *, remat: bool = False, counted: Packing | None = None
+) -> tuple[Streams, PromptKV]:
     """Runs the layers of one stack over prompts and responses.
 
     Every prompt token attends to the valid prompt tokens up to itself; every response token to all valid prompt
@@ -179,6 +190,8 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
       config: the decoder's.
       streams: before the stack.
       remat: whether the backward pass computes each layer again rather than keep what is inside it.
+      counted: of each prompt's tokens with those of its responses behind them, in a row, which are computed: all that are
+        `valid_tokens`; None: padding too. What is returned of the others means nothing.
 
     Returns:
       The streams after the stack, and the prompt's keys and values.
@@ -199,27 +212,32 @@ def run_stack(stack: Params, config: ModelConfig, streams: Streams, *, remat: bo
     def attend(
         q: Float[Array, "N _q"], k: Float[Array, "N _kv"], v: Float[Array, "N _kv"]
     ) -> tuple[Float[Array, "N _q"], PromptKV]:
+        if counted is not None:
+            q, k, v = (packing.spread(rows, counted) for rows in (q, k, v))
         q, k, v = (rows.reshape(batch, -1, rows.shape[-1]) for rows in (q, k, v))
         of_prompt = (part[:, :prompt_length] for part in (q, k, v))
         prompt_q, prompt_kv = _heads(config, (batch, prompt_length), prompt_rotations, *of_prompt)
         out = _attend_within(prompt_q, prompt_kv, streams.prompt_valid)
         if streams.responses is None:
-            return out, prompt_kv
+            return out if counted is None else packing.pack(out, counted), prompt_kv
         of_responses = (part[:, prompt_length:] for part in (q, k, v))
         own_q, own_kv = _heads(config, (batch, samples, steps), response_rotations, *of_responses)
         causal = jnp.arange(steps) <= jnp.arange(steps)[:, None]
         out_responses = _attend_shared(own_q, prompt_kv, streams.prompt_valid, own_kv, causal)
         both = (out.reshape(batch, prompt_length, -1), out_responses.reshape(batch, samples * steps, -1))
-        return jnp.concatenate(both, axis=1).reshape(-1, out.shape[-1]), prompt_kv
+        out = jnp.concatenate(both, axis=1).reshape(-1, out.shape[-1])
+        return out if counted is None else packing.pack(out, counted), prompt_kv
 
     layer_specs = abstract(config)["stacks"][0]
 
-    def body(x: Float[Array, "B S d"], layer: Params) -> tuple[Float[Array, "B S d"], PromptKV]:
-        rows = partition.constrain(x, "batch").reshape(-1, d)
-        rows, kept = _layer(partition.gathered(layer, layer_specs, x.dtype), config, rows, attend)
+    def body(x: Float[Array, "*N d"], layer: Params) -> tuple[Float[Array, "*N d"], PromptKV]:
+        x = partition.constrain(x, "batch") if counted is None else x
+        rows, kept = _layer(partition.gathered(layer, layer_specs, x.dtype), config, x.reshape(-1, d), attend)
         return rows.reshape(x.shape), kept
 
-    tokens, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, tokens, stack)
+    x = tokens if counted is None else packing.pack(tokens.reshape(-1, d), counted)
+    x, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack)
+    tokens = x if counted is None else packing.spread(x, counted).reshape(tokens.shape)
     prompt, responses = tokens[:, :prompt_length], None
     if streams.responses is not None:
         responses = tokens[:, prompt_length:].reshape(streams.responses.shape)
@@ -259,6 +277,8 @@ def decode(
     prompt_valid: Bool[AnyArray, "B P"],
     cache: ResponseKV,
     step: Int[Array, ""],
+    *,
+    active: Packing | None = None,
 ) -> tuple[Float[Array, "B M d"], ResponseKV]:
     """Runs the layers of one stack over one new token of every response.
 
@@ -274,6 +294,7 @@ def decode(
       prompt_valid: False on padding.
       cache: the responses' keys and values, filled at positions before `step`.
       step: the position of the new token in its response.
+      active: those of the B M responses that go on; None: all. What is returned of the others means nothing.
 
     Returns:
       The hidden states after the stack, and the cache filled at `step` too.
@@ -283,22 +304,27 @@ def decode(
     rotations = rope.rotations(config, positions, positions[:, 0, 0] + 1)
     filled = jnp.arange(cache[0].shape[4])[None] <= step
 
-    def body(x: Float[Array, "B M d"], layer: tuple[Params, PromptKV, ResponseKV]) -> tuple[Float[Array, "B M d"], KV]:
+    def body(x: Float[Array, "*N d"], layer: tuple[Params, PromptKV, ResponseKV]) -> tuple[Float[Array, "*N d"], KV]:
         weights, layer_prompt_kv, layer_cache = layer
-        x = partition.constrain(x, "batch")
+        x = partition.constrain(x, "batch") if active is None else x
 
         def attend(
             q: Float[Array, "N _q"], k: Float[Array, "N _kv"], v: Float[Array, "N _kv"]
         ) -> tuple[Float[Array, "N _q"], KV]:
+            if active is not None:
+                q, k, v = (packing.spread(rows, active) for rows in (q, k, v))
             new_q, new_kv = _heads(config, (batch, samples, 1), rotations, q, k, v)
             own_kv = _put_at(layer_cache, new_kv, step)
-            return _attend_shared(new_q, layer_prompt_kv, prompt_valid, own_kv, filled), new_kv
+            out = _attend_shared(new_q, layer_prompt_kv, prompt_valid, own_kv, filled)
+            return out if active is None else packing.pack(out, active), new_kv
 
         rows, kept = _layer(partition.gathered(weights, layer_specs, x.dtype), config, x.reshape(-1, d), attend)
         return rows.reshape(x.shape), kept
 
     layer_specs = abstract(config)["stacks"][0]
-    x, new_kv = jax.lax.scan(body, hidden, (stack, prompt_kv, cache))
+    x = hidden if active is None else packing.pack(hidden.reshape(-1, d), active)
+    x, new_kv = jax.lax.scan(body, x, (stack, prompt_kv, cache))
+    x = x if active is None else packing.spread(x, active).reshape(hidden.shape)
     # Written once for all layers: a cache that the scan over layers returned would be copied whole at every step.
     return x, _put_at(cache, new_kv, step)
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
-from sea_jax.models import decoder, partition
+from sea_jax.models import decoder, packing, partition
+from sea_jax.models.packing import Packing
 from sea_jax.types import Array, Params
 
 CHUNK = 8192  # vocabulary entries whose logits are held at a time
@@ -37,9 +38,14 @@ def token_logprobs(
     count = _num_chunks(vocab_size, chunk)
     size = -(-vocab_size // count)
     padding = count * size - vocab_size
-    # Every count-th row to a block: a vocabulary that is divided over a mesh in long runs is so in every block too.
-    blocks = jnp.pad(unembedding, ((0, padding), (0, 0))).reshape(size, count, num_features).swapaxes(0, 1)
-    starts = jnp.arange(count)  # the block's first entry; the others follow at a distance of count
+    padded = jnp.pad(unembedding, ((0, padding), (0, 0)))
+    if partition.divides():
+        # Every count-th row to a block: a vocabulary that is divided over a mesh in long runs is so in every block too.
+        blocks = padded.reshape(size, count, num_features).swapaxes(0, 1)
+        starts, distance = jnp.arange(count), count
+    else:  # as they lie in memory: nothing is copied
+        blocks = padded.reshape(count, size, num_features)
+        starts, distance = size * jnp.arange(count), 1
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(
@@ -49,7 +55,7 @@ def token_logprobs(
         weights, start = block
         logits = jnp.einsum("nd,vd->nv", hidden, weights, preferred_element_type=jnp.float32)
         if padding:
-            logits = jnp.where(start + count * jnp.arange(size) < vocab_size, logits, -jnp.inf)
+            logits = jnp.where(start + distance * jnp.arange(size) < vocab_size, logits, -jnp.inf)
         new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, logits.max(-1)))
         total = total * jnp.exp(maximum - new_maximum) + jnp.exp(logits - new_maximum[:, None]).sum(-1)
         return (new_maximum, total), None
@@ -61,7 +67,12 @@ def token_logprobs(
 
 
 def response_logprobs(
-    params: Params, config: decoder.ModelConfig, streams: decoder.Streams, tokens: Int[Array, "B M T"]
+    params: Params,
+    config: decoder.ModelConfig,
+    streams: decoder.Streams,
+    tokens: Int[Array, "B M T"],
+    *,
+    predicted: Packing | None = None,
 ) -> Float32[Array, "B M T"]:
     """Returns the log-prob of every response token, from the hidden states behind the last layer; 0 on padding.
 
@@ -70,12 +81,17 @@ def response_logprobs(
       config: ModelConfig.
       streams: behind the last stack.
       tokens: padded on the right.
+      predicted: those of the B M T tokens that are valid; None: padding is computed too.
     """
     assert streams.responses is not None
     assert streams.responses_valid is not None
     last_prompt = jnp.broadcast_to(streams.prompt[:, None, -1:], (*tokens.shape[:2], 1, streams.prompt.shape[-1]))
     hidden = jnp.concatenate([last_prompt, streams.responses[:, :, :-1]], axis=2)
-    hidden = partition.constrain(decoder.final(params, config, hidden), "batch").reshape(-1, hidden.shape[-1])
+    rows, targets = partition.constrain(hidden, "batch").reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    if predicted is not None:
+        rows, targets = packing.pack(rows, predicted), packing.pack(targets, predicted)
     unembedding = partition.constrain(decoder.unembedding(params).astype(hidden.dtype), "vocab")
-    values = token_logprobs(hidden, unembedding, tokens.reshape(-1)).reshape(tokens.shape)
-    return jnp.where(streams.responses_valid, values, 0.0)
+    values = token_logprobs(decoder.final(params, config, rows), unembedding, targets)
+    if predicted is not None:
+        values = packing.spread(values, predicted)
+    return jnp.where(streams.responses_valid, values.reshape(tokens.shape), 0.0)

@@ -55,6 +55,12 @@ def spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> Partitio
     return PartitionSpec(*entries)
 
 
+def divides() -> bool:
+    """Whether the mesh has devices to divide anything over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*shape"]:
     """Fixes, inside jit, how an array is divided over the mesh.
 
@@ -62,9 +68,9 @@ def constrain(x: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*
       x: any array.
       axes: logical names of its first axes; those that are left out are whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not divides():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     named = (*axes, *(None,) * (x.ndim - len(axes)))
     return jax.lax.with_sharding_constraint(x, spec(named, x.shape, mesh.shape))
 

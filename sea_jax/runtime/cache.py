@@ -23,4 +23,5 @@ def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs in the cache, so that nothing is compiled twice."""
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # Also the small ones: a run has a hundred of them, and each takes longer to compile than to read.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -10,7 +10,6 @@ from typing import Any, Self, SupportsFloat
 
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from sea_jax.runtime import files
 
@@ -107,6 +106,8 @@ class Writer:
         for path in files:
             with _failure_named(path):
                 _drop_after(path, first_step - 1)
+        from tensorboardX import SummaryWriter  # brings PyTorch along where there is one, which takes seconds
+
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._metrics, self._samples = (path.open("a", encoding="utf-8") for path in files)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from scipy import special, stats
 
 from sea_jax import features, learner
 from sea_jax.actors import generation
+from sea_jax.actors import in_process as in_process_module
 from sea_jax.actors.generation import GenerationConfig
+from sea_jax.actors.in_process import in_process
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
 from sea_jax.types import Array, Candidates, Params, Prompts
@@ -203,9 +206,9 @@ def test_the_loop_stops_when_every_response_has_ended(prompts, monkeypatch):
     steps = []
     original = decoder.decode
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         jax.debug.callback(lambda step: steps.append(int(step)), args[-1])
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(decoder, "decode", counted)
     sampling = tiny.generation_config(num_samples=2, max_new_tokens=7, eos_ids=(11,), pad_id=PAD)
@@ -221,6 +224,50 @@ def test_the_loop_stops_when_every_response_has_ended(prompts, monkeypatch):
     assert sorted(steps) == list(range(7))
     np.testing.assert_array_equal(found.tokens, 12)
     np.testing.assert_array_equal(found.lengths, 7)
+
+
+def test_rows_that_have_ended_are_left_out_and_nothing_else_changes(params, prompts, monkeypatch):
+    sampling = dataclasses.replace(SAMPLED, num_samples=12, max_new_tokens=9, frozen_stacks=1)
+    assert generation.sizes(36) == [36, 18]
+    fewer = generate(params, prompts, sampling, seed=2)
+    monkeypatch.setattr(generation, "sizes", lambda num_rows: [num_rows])
+    traced_anew = jax.jit(inspect.unwrap(generation.generate), static_argnames=("config", "sampling"))
+    every = traced_anew(params, prompts, jax.random.key(2), config=tiny.CONFIG, sampling=sampling)
+    ends = np.sort(np.asarray(every.lengths), axis=None)
+    assert ends[18] < ends[-1]  # it came to that
+    np.testing.assert_array_equal(fewer.tokens, every.tokens)
+    np.testing.assert_array_equal(fewer.lengths, every.lengths)
+    np.testing.assert_allclose(fewer.logprobs, every.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(fewer.features, every.features, rtol=1e-5, atol=1e-5)
+    valid = np.arange(9) < np.asarray(every.lengths)[..., None]
+    assert fewer.frozen is not None
+    assert every.frozen is not None
+    np.testing.assert_allclose(fewer.frozen.responses[valid], every.frozen.responses[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_prompts_need_not_be_computed(params, prompts, candidates):
+    valid = np.asarray(prompts.valid)
+    found = generation.generate(
+        params,
+        prompts,
+        jax.random.key(0),
+        config=tiny.CONFIG,
+        sampling=dataclasses.replace(SAMPLED, frozen_stacks=1),
+        prompt_rows=int(valid.sum()) + 1,
+    )
+    np.testing.assert_array_equal(found.tokens, candidates.tokens)
+    np.testing.assert_allclose(found.logprobs, candidates.logprobs, rtol=1e-5, atol=1e-5)
+    # What is kept for the learner is what it would find.
+    assert found.frozen is not None
+    responses_valid = jnp.arange(6) < found.lengths[..., None]
+    streams = decoder.embed(
+        params, tiny.CONFIG, prompts.tokens, prompts.valid, found.tokens, responses_valid, dtype="float32"
+    )
+    streams, _ = decoder.run_stack(params["stacks"][0], tiny.CONFIG, streams)
+    assert streams.responses is not None
+    np.testing.assert_allclose(found.frozen.prompt[valid], streams.prompt[valid], rtol=1e-4, atol=1e-5)
+    there = np.asarray(responses_valid)
+    np.testing.assert_allclose(found.frozen.responses[there], streams.responses[there], rtol=1e-4, atol=1e-5)
 
 
 def restrict_by_hand(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
@@ -288,12 +335,13 @@ def test_temperature_shapes_the_draw_but_not_the_log_prob():
     logits = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
     sampling = dataclasses.replace(GREEDY, temperature=0.5)
     rows = jnp.broadcast_to(jnp.asarray(logits), (5000, 4))
-    token, logprob = generation.choose(rows, jax.random.key(0), sampling)
+    uniform = jax.random.uniform(jax.random.key(0), (5000,))
+    token, logprob = generation.choose(rows, uniform, sampling)
     counts = np.bincount(token, minlength=4)
     assert stats.chisquare(counts, 5000 * special.softmax(logits.astype(np.float64) / 0.5)).pvalue > 0.01
     np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
     # Nor does the restriction: of the two tokens left, the log-probs are still those among all four.
-    token, logprob = generation.choose(rows, jax.random.key(0), dataclasses.replace(sampling, top_k=2))
+    token, logprob = generation.choose(rows, uniform, dataclasses.replace(sampling, top_k=2))
     assert set(np.asarray(token)) == {0, 1}
     np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
 
@@ -303,13 +351,41 @@ def test_rows_that_are_no_token_are_never_drawn_and_count_in_the_log_probs():
     rows = jnp.broadcast_to(jnp.asarray(logits), (500, 5))
     for temperature in (0.0, 1.0):
         sampling = dataclasses.replace(GREEDY, temperature=temperature, absent_ids=(0, 4))
-        token, logprob = generation.choose(rows, jax.random.key(0), sampling)
+        token, logprob = generation.choose(rows, jax.random.uniform(jax.random.key(0), rows.shape[:1]), sampling)
         assert set(np.asarray(token)) == ({1, 2, 3} if temperature else {2})
         np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
 
 
 def test_temperature_0_takes_the_most_probable_token():
     logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.9]])
-    token, logprob = generation.choose(logits, jax.random.key(0), GREEDY)
+    token, logprob = generation.choose(logits, jnp.zeros(2), GREEDY)
     np.testing.assert_array_equal(token, [1, 0])
     np.testing.assert_allclose(logprob, special.log_softmax(logits, axis=-1)[[0, 1], [1, 0]], rtol=1e-5)
+
+
+def test_prompts_that_come_again_are_read_once_and_answered_alike(params, prompts, monkeypatch):
+    frozen, trained = decoder.divide(params, 1)
+    sampling = dataclasses.replace(SAMPLED, frozen_stacks=1)
+    reads: list[int] = []
+    original = generation.read_prompts
+
+    def counted(*args: Any, **kwargs: Any) -> generation.ReadPrompts:
+        reads.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "read_prompts", counted)
+    at_once, again = (in_process(frozen, tiny.CONFIG, sampling, again=again) for again in (False, True))
+    expected = at_once(trained, prompts, jax.random.key(0), 0)
+    assert not reads
+    for _ in range(2):
+        found = again(trained, prompts, jax.random.key(0), 0)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    assert len(reads) == 1
+    moved = jax.tree.map(lambda x: x * 1.5, trained)  # the layers behind are not remembered
+    other = again(moved, prompts, jax.random.key(0), 0)
+    np.testing.assert_allclose(other.logprobs, at_once(moved, prompts, jax.random.key(0), 0).logprobs, atol=1e-4)
+    assert len(reads) == 1
+    monkeypatch.setattr(in_process_module, "REMEMBERED_BYTES", 100)
+    in_process(frozen, tiny.CONFIG, sampling, again=True)(trained, prompts, jax.random.key(0), 0)
+    assert len(reads) == 1  # no room

@@ -97,7 +97,14 @@ def response_logprobs(whole: Params, prompt: list[int], response: list[int]) -> 
 
 def generation_config(**fields: Any) -> GenerationConfig:
     """How responses are drawn in tests: from all tokens, at temperature 1, in float32, features behind the last norm."""
-    plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "feature_stack": None, "dtype": "float32"}
+    plain: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "feature_stack": None,
+        "frozen_stacks": 0,
+        "dtype": "float32",
+    }
     return GenerationConfig(**plain | fields)
 
 
