@@ -90,7 +90,7 @@ def run_all(
         seeds = SEARCH_SEEDS + np.tile(np.arange(each), len(rates))
         padding = num_seeds - len(tried)  # so that one program serves both
         found = laboratory(recipe, [*tried, *[rates[0]] * padding], [*seeds, *[0] * padding])
-        final = found[tune_by][: len(tried), -1].reshape(len(rates), each).mean(1)
+        final = found[tune_by][: len(tried), -1].reshape(len(rates), each).mean(1).astype(float)
         best = int(final.argmax())
         found = laboratory(recipe, [rates[best]] * num_seeds, range(num_seeds))
         curves[name] = at_queries(found, grid)
