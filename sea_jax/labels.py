@@ -116,7 +116,7 @@ def batches(
     )
 
     def encode(text: str) -> list[int]:
-        ids = tokenizer.encode(text, add_special=False)
+        ids = tokenizer.encode(tokenizer.quoted(text), add_special=False)
         return [*ids, tokenizer.eos_id] if len(ids) < max_new_tokens else ids[:max_new_tokens]
 
     padding = {"pad_id": tokenizer.pad_id, "bucket": data.bucket}
