@@ -1,5 +1,6 @@
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from sea_jax import ensemble
 from sea_jax.ensemble import Ensemble, EnsembleSettings
 from sea_jax.replay import Replay, add_pairs, empty_replay
+from sea_jax.runtime import checkpoint
 from sea_jax.types import Array, Params
 
 SMALL = EnsembleSettings(
@@ -183,6 +185,43 @@ def test_the_prior_weighs_lambda_over_n():
         )
         assert_trees_close(first_moment, expected, rtol=1e-4, atol=1e-6)
         assert distance(learnt.heads) < distance(state.heads)
+
+
+def test_priors_are_added_rewards_are_centred_and_the_anchor_fades():
+    own: dict[str, Any] = {"prior_scale": 2.0, "centring": 0.1, "anchor_fade": 0.5}
+    config = dataclasses.replace(SMALL, steps=1, weight_decay=0.0, **own)
+    state = dataclasses.replace(moved(initial()), prior_scale=2.0)
+    pair = np.broadcast_to(normal(1, D), (4, 2, D))
+    each = np.array(
+        [
+            reward_by_hand(head_of(state.heads, k), pair[0, 0])
+            + 2 * reward_by_hand(head_of(state.anchor, (k + 1) % 3), pair[0, 0])
+            for k in range(3)
+        ]
+    )
+    np.testing.assert_allclose(REWARDS(state, pair)[:, 0, 0], each, rtol=1e-5)
+    held = ADD(empty_replay(4, D), pair, np.ones(4, np.float32), np.ones(4, bool))
+    learnt, report = UPDATE(state, held, jax.random.key(2), config)
+    distance = sum(
+        float(np.square(np.asarray(w) - np.asarray(state.anchor[name])).sum()) for name, w in state.heads.items()
+    )
+    # Both responses are the same: log 2, what centring adds, and lambda / N halved once for every 64 labels.
+    expected = np.log(2) + 0.1 * ((2 * each) ** 2).mean() + 0.7 * 0.5 ** (4 / 64) / 4 * distance / 3
+    assert float(report["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert learnt.prior_scale == 2.0
+    assert ensemble.init(config, D, jax.random.key(0)).prior_scale == 2.0
+
+
+def test_a_checkpoint_gives_the_priors_back_to_those_who_go_on_and_to_those_who_evaluate(tmp_path: Path):
+    state = dataclasses.replace(initial(), prior_scale=2.0)
+    with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 1, {"ensemble": state})
+        restored = checkpoint.restore(checkpoints, {"ensemble": state})
+    _, read = checkpoint.read(tmp_path, {"ensemble": checkpoint.abstract(state)})
+    assert restored is not None
+    for found in (restored[1]["ensemble"], read["ensemble"]):
+        assert found.prior_scale == 2.0
+        assert_trees_close(found.anchor, state.anchor, rtol=0)
 
 
 TWO = EnsembleSettings(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)
