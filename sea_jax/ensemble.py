@@ -35,6 +35,17 @@ class EnsembleSettings:
         '"mean", (batch_size / N) times the mean of (phi - phi^0)^2 over all parameters of all heads (authors\' code)',
         one_of("prior", "mean"),
     )
+    anchor_fade: float = setting(
+        1.0,
+        "share of lambda that is left after every 64 labels; ActiveUltraFeedback has 0.62",
+        (lambda v: 0 < v <= 1, "a number above 0 and up to 1"),
+    )
+    prior_scale: float = setting(
+        0.0, "to every head's reward is added that of a frozen random head, times this", NOT_NEGATIVE
+    )
+    centring: float = setting(
+        0.0, "weight of the squared sum of a pair's two rewards, which keeps rewards around 0", NOT_NEGATIVE
+    )
     nll: str = setting(
         "sum",
         'how the heads\' negative log-likelihoods are put together, "sum" (Eq. 8) or "mean" (authors\' code): Adam takes no '
@@ -60,6 +71,7 @@ class Ensemble:
       opt_state: Adam's moments.
       shift: subtracted from the features.
       scale: multiplied into the features.
+      prior_scale: of the frozen random rewards that are added to the heads'.
     """
 
     heads: Params
@@ -67,6 +79,7 @@ class Ensemble:
     opt_state: Any
     shift: Float32[Array, " d"]
     scale: Float32[Array, " d"]
+    prior_scale: float = struct.field(pytree_node=False, default=0.0)
 
 
 def optimizer(config: EnsembleSettings) -> optax.GradientTransformation:
@@ -99,6 +112,7 @@ def init(config: EnsembleSettings, num_features: int, key: PRNGKeyArray) -> Ense
         opt_state=optimizer(config).init(heads),
         shift=jnp.zeros(num_features),
         scale=jnp.ones(num_features),
+        prior_scale=config.prior_scale,
     )
 
 
@@ -124,27 +138,44 @@ def _head_reward(head: Params, features: Float32[Array, "*N d"]) -> Float32[Arra
 def rewards(ensemble: Ensemble, features: Float32[Array, "B M d"]) -> Float32[Array, "K B M"]:
     """Returns every head's reward of every candidate."""
     standardised = (features - ensemble.shift) * ensemble.scale
-    return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised)
+    return jax.vmap(_head_reward, in_axes=(0, None))(ensemble.heads, standardised) + _prior(ensemble, standardised)
+
+
+def _prior(ensemble: Ensemble, standardised: Float32[Array, "*N d"]) -> Float32[Array, "K *#N"]:
+    """Randomised prior functions (https://arxiv.org/abs/1806.03335): each head's is how the next one was initialised."""
+    if not ensemble.prior_scale:
+        return jnp.zeros((len(ensemble.heads["b3"]), *(1 for _ in standardised.shape[1:])))
+    neighbours = jax.tree.map(lambda w: jnp.roll(w, -1, axis=0), ensemble.anchor)
+    return ensemble.prior_scale * jax.vmap(_head_reward, in_axes=(0, None))(neighbours, standardised)
+
+
+LABELS_PER_FADE = 64
 
 
 def _anchor_weight(config: EnsembleSettings, num_parameters: int, num_labels: Int32[Array, ""]) -> Float[Array, ""]:
     """What every squared distance between a parameter and its anchor weighs; num_parameters: of all heads together."""
     weight = config.anchor_strength / jnp.maximum(num_labels, 1)
+    if config.anchor_fade != 1:
+        weight *= config.anchor_fade ** (num_labels / LABELS_PER_FADE)
     return weight * (config.batch_size / num_parameters) if config.anchor == "mean" else weight
 
 
 def _head_loss(
     head: Params,
     anchor: Params,
+    prior: Float32[Array, "#b #2"],
     features: Float32[Array, "b 2 d"],
     labels: Float32[Array, " b"],
     weights: Float32[Array, " b"],
     anchor_weight: Float[Array, ""],
+    centring: float,
 ) -> tuple[Scalar, Scalar]:
     """Eq. 8 for one head on a weighted batch."""
-    reward = _head_reward(head, features)
+    reward = _head_reward(head, features) + prior
     logit = reward[:, 0] - reward[:, 1]
     nll = -(labels * jax.nn.log_sigmoid(logit) + (1 - labels) * jax.nn.log_sigmoid(-logit))
+    if centring:
+        nll += centring * reward.sum(-1) ** 2
     total = jnp.maximum(weights.sum(), 1.0)
     squares = jax.tree.map(lambda w, w0: jnp.sum((w - w0) ** 2), head, anchor)
     agrees = ((logit > 0) == (labels > 0.5)).astype(jnp.float32)
@@ -179,10 +210,18 @@ def update(
         heads, opt_state = carry
         features, labels, weights = partition.batches(sample_pairs(replay, config.batch_size, key))
         standardised = (features - ensemble.shift) * ensemble.scale
+        prior = _prior(ensemble, standardised)
 
         def total_loss(heads: Params) -> tuple[Scalar, tuple[Scalar, Scalar]]:
-            loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, None, None, None, None))(
-                heads, ensemble.anchor, standardised, labels, weights, anchor_weight / nll_weight
+            loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, 0, None, None, None, None, None))(
+                heads,
+                ensemble.anchor,
+                prior,
+                standardised,
+                labels,
+                weights,
+                anchor_weight / nll_weight,
+                config.centring,
             )
             return nll_weight * loss.sum(), (loss.mean(), accuracy.mean())
 

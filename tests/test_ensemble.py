@@ -185,6 +185,31 @@ def test_the_prior_weighs_lambda_over_n():
         assert distance(learnt.heads) < distance(state.heads)
 
 
+def test_priors_are_added_rewards_are_centred_and_the_anchor_fades():
+    own: dict[str, Any] = {"prior_scale": 2.0, "centring": 0.1, "anchor_fade": 0.5}
+    config = dataclasses.replace(SMALL, steps=1, weight_decay=0.0, **own)
+    state = dataclasses.replace(moved(initial()), prior_scale=2.0)
+    pair = np.broadcast_to(normal(1, D), (4, 2, D))
+    each = np.array(
+        [
+            reward_by_hand(head_of(state.heads, k), pair[0, 0])
+            + 2 * reward_by_hand(head_of(state.anchor, (k + 1) % 3), pair[0, 0])
+            for k in range(3)
+        ]
+    )
+    np.testing.assert_allclose(REWARDS(state, pair)[:, 0, 0], each, rtol=1e-5)
+    held = ADD(empty_replay(4, D), pair, np.ones(4, np.float32), np.ones(4, bool))
+    learnt, report = UPDATE(state, held, jax.random.key(2), config)
+    distance = sum(
+        float(np.square(np.asarray(w) - np.asarray(state.anchor[name])).sum()) for name, w in state.heads.items()
+    )
+    # Both responses are the same: log 2, what centring adds, and lambda / N halved once for every 64 labels.
+    expected = np.log(2) + 0.1 * ((2 * each) ** 2).mean() + 0.7 * 0.5 ** (4 / 64) / 4 * distance / 3
+    assert float(report["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert learnt.prior_scale == 2.0
+    assert ensemble.init(config, D, jax.random.key(0)).prior_scale == 2.0
+
+
 TWO = EnsembleSettings(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)
 
 
