@@ -1,6 +1,7 @@
 """The epistemic reward model (ERM): K small heads on frozen features, a posterior by deep ensemble (SEA paper, Sec. 4.2.1)."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -168,6 +169,7 @@ def _head_loss(
     labels: Float32[Array, " b"],
     weights: Float32[Array, " b"],
     anchor_weight: Float[Array, ""],
+    *,
     centring: float,
 ) -> tuple[Scalar, Scalar]:
     """Eq. 8 for one head on a weighted batch."""
@@ -213,15 +215,9 @@ def update(
         prior = _prior(ensemble, standardised)
 
         def total_loss(heads: Params) -> tuple[Scalar, tuple[Scalar, Scalar]]:
-            loss, accuracy = jax.vmap(_head_loss, in_axes=(0, 0, 0, None, None, None, None, None))(
-                heads,
-                ensemble.anchor,
-                prior,
-                standardised,
-                labels,
-                weights,
-                anchor_weight / nll_weight,
-                config.centring,
+            of_a_head = partial(_head_loss, centring=config.centring)
+            loss, accuracy = jax.vmap(of_a_head, in_axes=(0, 0, 0, None, None, None, None))(
+                heads, ensemble.anchor, prior, standardised, labels, weights, anchor_weight / nll_weight
             )
             return nll_weight * loss.sum(), (loss.mean(), accuracy.mean())
 

@@ -1,5 +1,6 @@
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from sea_jax import ensemble
 from sea_jax.ensemble import Ensemble, EnsembleSettings
 from sea_jax.replay import Replay, add_pairs, empty_replay
+from sea_jax.runtime import checkpoint
 from sea_jax.types import Array, Params
 
 SMALL = EnsembleSettings(
@@ -208,6 +210,18 @@ def test_priors_are_added_rewards_are_centred_and_the_anchor_fades():
     assert float(report["loss"]) == pytest.approx(expected, rel=1e-5)
     assert learnt.prior_scale == 2.0
     assert ensemble.init(config, D, jax.random.key(0)).prior_scale == 2.0
+
+
+def test_a_checkpoint_gives_the_priors_back_to_those_who_go_on_and_to_those_who_evaluate(tmp_path: Path):
+    state = dataclasses.replace(initial(), prior_scale=2.0)
+    with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 1, {"ensemble": state})
+        restored = checkpoint.restore(checkpoints, {"ensemble": state})
+    _, read = checkpoint.read(tmp_path, {"ensemble": checkpoint.abstract(state)})
+    assert restored is not None
+    for found in (restored[1]["ensemble"], read["ensemble"]):
+        assert found.prior_scale == 2.0
+        assert_trees_close(found.anchor, state.anchor, rtol=0)
 
 
 TWO = EnsembleSettings(num_heads=2, hidden_size=1, anchor_strength=0.0, weight_decay=0.0, steps=1, batch_size=16)

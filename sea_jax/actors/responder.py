@@ -139,9 +139,8 @@ class EngineResponder:
           ValueError: the learner and whoever wrote the responses disagree on their log-probs.
         """
         self.settle()
-        weights, of_version = self._synced.newest(
-            trained, version
-        )  # whatever the journal holds: the next batch may need them
+        # Whatever the journal holds: the next batch may need them.
+        weights, of_version = self._synced.newest(trained, version)
         written = self._journal.find(number)
         if written is None:
             written = self._compare(prompts, weights, of_version, self._generate(weights, prompts, key, of_version))
