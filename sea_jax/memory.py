@@ -31,6 +31,7 @@ from sea_jax.actors.responder import COMPARED
 from sea_jax.config import RunSettings
 from sea_jax.data import batching
 from sea_jax.features import FeatureSettings
+from sea_jax.learner import LearnerConfig
 from sea_jax.models import deberta, decoder, encoder, partition, reward
 from sea_jax.models.checkpoints import hf, published
 from sea_jax.models.checkpoints.config_json import from_hf
@@ -155,7 +156,7 @@ def whole(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def learner_of(trained: Params, how: learner.LearnerConfig, mesh: Mesh) -> learner.Learner:
+def learner_of(trained: Params, how: LearnerConfig, mesh: Mesh) -> learner.Learner:
     """Returns the shapes of a learner, Adam's moments divided as the parameters are.
 
     Args:
@@ -224,7 +225,7 @@ class ShapedRun:
     frozen: Params
     reference: Params
     learner: learner.Learner
-    learner_config: learner.LearnerConfig
+    learner_config: LearnerConfig
 
     @property
     def platform(self) -> str:

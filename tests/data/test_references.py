@@ -21,7 +21,7 @@ def ids(tokenizer: Tokenizer, prompt: str, reference: str, **fields: Any) -> lis
 
 
 def pieces(tokenizer: Tokenizer, *arguments: str, **fields: Any) -> list[str]:
-    return [tokenizer.backend.convert_ids_to_tokens(token) for token in ids(tokenizer, *arguments, **fields)]
+    return [str(piece) for piece in tokenizer.backend.convert_ids_to_tokens(ids(tokenizer, *arguments, **fields))]
 
 
 @pytest.mark.parametrize(
