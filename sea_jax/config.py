@@ -22,7 +22,7 @@ from sea_jax.features import FeatureSettings
 from sea_jax.learner import LearnerSettings
 from sea_jax.losses import LossSettings
 from sea_jax.models.checkpoints.hf import EXPORTED
-from sea_jax.oracles.oracle import OracleSettings, PreferenceSettings
+from sea_jax.oracles.oracle import OracleSettings, PreferenceSettings, own_scale
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
 from sea_jax.runtime.checkpoint import CheckpointSettings
@@ -212,7 +212,8 @@ def resolve(config: ml_collections.ConfigDict) -> RunSettings:
     Raises:
       ValueError: one line per value that cannot work: its name, what was found, what would do.
     """
-    return checked(_read(RunSettings, config))
+    whole: RunSettings = checked(_read(RunSettings, config))
+    return dataclasses.replace(whole, oracle=dataclasses.replace(whole.oracle, scale=own_scale(whole.oracle)))
 
 
 def resolve_sft(config: ml_collections.ConfigDict) -> SftSettings:

@@ -74,7 +74,6 @@ def train(
     settings = configuration.located(configuration.resolve(config))
     mesh = make_mesh(settings.mesh)
     settings = replace(settings, mesh=mesh_sizes(mesh))  # what -1 stood for, so that a run goes on where it fits
-    settings = replace(settings, oracle=replace(settings.oracle, scale=oracle.own_scale(settings.oracle)))
     settings = as_begun(settings, workdir)
     with jax.set_mesh(mesh):
         train_on(mesh, settings, workdir, allow_changed, labels_of)

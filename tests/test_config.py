@@ -40,7 +40,7 @@ def set_field(config: ml_collections.ConfigDict, name: str, value: object) -> No
 
 
 def test_the_defaults_are_valid_once_a_policy_is_named(config, sft):
-    configuration.resolve(config)
+    assert configuration.resolve(config).oracle.scale == 10.0  # that of a cosine
     configuration.resolve_sft(sft)
 
 
