@@ -216,6 +216,7 @@ def test_a_checkpoint_gives_the_priors_back_to_those_who_go_on_and_to_those_who_
     state = dataclasses.replace(initial(), prior_scale=2.0)
     with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
         checkpoint.save(checkpoints, 1, {"ensemble": state})
+    with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
         restored = checkpoint.restore(checkpoints, {"ensemble": state})
     _, read = checkpoint.read(tmp_path, {"ensemble": checkpoint.abstract(state)})
     assert restored is not None

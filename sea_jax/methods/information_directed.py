@@ -18,6 +18,10 @@ from sea_jax.types import Array, Duel, PreferenceBatch
 TAKES: Mapping[str, Check] = {
     "exploration.gamma": exactly(1),
     "exploration.asked_prompts": exactly(0),
+    "exploration.unfinished": (
+        lambda v: v != "lose",
+        "asked or left_out, as the policy learns from no labels but the ERM's",
+    ),
     "sampling.num_samples": (lambda v: v >= 4, "4 or more, for a second best and a second worst"),
     "learner.anchor_decay": (lambda v: v > 0, "numbers above 0, the average that the policy is held to"),
 }

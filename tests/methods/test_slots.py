@@ -118,6 +118,11 @@ def test_who_writes_and_what_learns(name, writes, reward_model, policy_learns, p
             {"exploration__rule": "passive", "eval__best_of_n": 0},
             r"config\.exploration\.rule=passive: method=variant7 is row 7 .*\nconfig\.eval\.best_of_n=0: .* 2 or more",
         ),
+        (
+            "information_directed",
+            {"exploration__unfinished": "lose"},
+            r"config\.exploration\.unfinished=lose: .* left_out",
+        ),
         ("variant3", {"exploration__gamma": 1.0}, r"config\.exploration\.gamma=1\.0: .*row 3 of Table 1.* below 1"),
         ("variant2", {"eval__best_of_n": 4}, r"config\.eval\.best_of_n=4: .* takes only 0"),
     ],
@@ -154,6 +159,7 @@ def experience(rewards: np.ndarray, distinct: np.ndarray, duel: Duel) -> Experie
         candidates=candidates,
         texts=[],
         distinct=jnp.asarray(distinct),
+        finished=jnp.ones(rewards.shape, bool),
         rewards=jnp.zeros((1, *rewards.shape)),  # what the ERM thought before it learnt is not what it teaches
         seen={},
     )
