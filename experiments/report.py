@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from experiments import results
 from experiments.results import Results
@@ -124,6 +124,7 @@ def draw(found: Results, names: Sequence[str], who: str, path: Path) -> None:
         panels[1][0].set_xscale("log")
         panels[1][0].xaxis.set_major_locator(LogLocator(2, numticks=8))
         panels[1][0].xaxis.set_major_formatter(ScalarFormatter())
+        panels[1][0].xaxis.set_minor_formatter(NullFormatter())
         panels[1][0].set_xlabel("oracle labels (log axis)")
         panels[1][1].set_xlabel("policy steps")
         handles, labels = panels[0][0].get_legend_handles_labels()
