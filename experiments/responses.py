@@ -182,7 +182,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Any) -> No
     """Writes arrays, hidden states and embeddings in half precision, and beside them what JSON can hold."""
     halved = {name: array.astype(np.float16) if array.ndim == 3 else array for name, array in arrays.items()}
     content = io.BytesIO()
-    np.savez(content, json=np.array(json.dumps(texts)), **halved)
+    np.savez(content, json=np.array(json.dumps(texts)), **halved)  # type: ignore[arg-type]
     files.write_whole(path, content.getvalue())
 
 
@@ -206,8 +206,8 @@ def _save(path: Path, pool: Responses) -> None:
 def _read(path: Path) -> Responses:
     arrays = _read_arrays(path)
     texts = json.loads(str(arrays.pop("json")))
-    embeddings = {name: arrays.pop(name) for name in EMBEDDINGS}
-    return Responses(**texts, columns=arrays, **embeddings)
+    of_prompts, of_references = (arrays.pop(name) for name in EMBEDDINGS)
+    return Responses(**texts, columns=arrays, prompt_embeddings=of_prompts, reference_embeddings=of_references)
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ class Recipe:
         def number(name: str, value: Any, known: Sequence[Any]) -> Int32[np.ndarray, ""]:
             if value not in known:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, known))}")
-            return np.int32(known.index(value))
+            return np.array(known.index(value), np.int32)
 
         return Choices(
             rule=number("rule", self.rule, rules),
@@ -294,7 +294,7 @@ def assign(choices: Choices, proposal: Proposal, duel: Duel, queries: Array, key
 
     def shared(erm_pair: str, erm_label: str) -> Callable[[], dict[str, Any]]:
         gamma = jnp.where(queries < choices.burn_in_queries, 1.0, choices.gamma)
-        exploration = ExplorationSettings(gamma=gamma, burn_in_queries=0, erm_pair=erm_pair, erm_label=erm_label)
+        exploration = ExplorationSettings(gamma=gamma, burn_in_queries=0, erm_pair=erm_pair, erm_label=erm_label)  # type: ignore[arg-type]
         assign = sea.shared(exploration)
         return lambda: vars(assign(proposal, duel, 0, keys))
 
@@ -483,7 +483,7 @@ def simulate(
     shape = (1 + MAX_PLANNING, sizes.batch_size)
 
     def one(run: Run, number: Int32[Array, ""]) -> tuple[Run, None]:
-        own_key = step_key(key, number)
+        own_key = step_key(key, number)  # type: ignore[arg-type]
         order = jax.random.permutation(jax.random.fold_in(own_key, 0), environment.num_train)
         rows = order[: math.prod(shape)].reshape(shape).astype(jnp.int32)
         return step(choices, sizes, environment, run, rows, rate, own_key), None
