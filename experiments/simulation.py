@@ -273,6 +273,7 @@ def propose(
         candidates=Candidates(tokens=picked[..., None], lengths=lengths, logprobs=own[..., None], features=features),
         texts=[],
         distinct=text[:, :, None] != text[:, None, :],
+        finished=jnp.ones(picked.shape, bool),
         rewards=ensemble.rewards(run.ensemble, features),
         seen=seen,
     )
