@@ -106,14 +106,7 @@ def batches(
       Prompts, the two responses as candidates [B, 2, T], their texts, labels, and which rows count.
     """
     records = [Record(id=str(number), prompt=label.prompt, reference="") for number, label in enumerate(labels)]
-    rendered = render_all(
-        records,
-        tokenizer,
-        template=data.template,
-        chat=data.chat,
-        system=data.system,
-        max_prompt_tokens=data.max_prompt_tokens,
-    )
+    rendered = render_all(records, tokenizer, data)
 
     def encode(text: str) -> list[int]:
         ids = tokenizer.encode(tokenizer.quoted(text), add_special=False)

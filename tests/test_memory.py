@@ -19,6 +19,7 @@ from sea_jax.config import RunSettings, resolve, unchecked
 from sea_jax.data.prompts import evaluation_batches
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
+from sea_jax.oracles.ledger import Ledger
 from sea_jax.types import Array, Candidates, Params, Prompts
 from tests.programs import sharded_run
 from tests.support import tiny
@@ -96,6 +97,7 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
     mesh: jax.sharding.Mesh,
     plan: Callable[[ml_collections.ConfigDict], Planned],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     config.erm.trunk, config.eval.best_of_n = "", 3
     config.oracle.kind = "configs.tiny_random:prefers_many_es"
@@ -140,11 +142,13 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
     parts = wiring.parts(settings, mesh)
     trained, key = parts.policy.reference, jax.random.key(0)
     batch, _ = next(evaluation_batches(parts.train_prompts, batch_size=8, **parts.padding(32)))
-    with wiring.responder(settings, parts, lambda number: batch, Path()) as responder:
+    with wiring.responder(settings, parts, lambda number: batch, tmp_path / "responses") as responder:
         asked = Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"]))
         candidates, _ = responder.respond(0, trained, asked, key, 0)
     parts.features(batch, candidates, ())
-    heldout = wiring.heldout_evaluation(settings, parts, settings.eval.best_of_n)
+    heldout = wiring.heldout_evaluation(
+        settings, parts, settings.eval.best_of_n, [Ledger(tmp_path / "evaluations.jsonl")]
+    )
     heads = ensemble.init(settings.erm, parts.num_features, key)
     heldout.best_of_n(trained, heads, 0)
     assert calls == compiled

@@ -245,7 +245,8 @@ def test_a_run_goes_on_where_its_model_and_data_have_moved_if_they_are_the_same(
     assert (kept.data.path, kept.policy.source) == (str(moved), str(model))  # whoever reads it may be elsewhere
     moved.write_text(moved.read_text().replace("?", "!", 1))
     with pytest.raises(
-        ValueError, match=r"config.data.path: what lies in .*/others.jsonl is not what lay in .*prompts.jso"
+        ValueError,
+        match=r"config.data: the prompts are not those that the run in .* began with: to train on there were 22",
     ):
         train.train(configured(data__path=str(moved.rename(tmp_path / "others.jsonl"))), workdir)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,23 @@ def xpo(settings: RunSettings) -> FillSlots:
         ) -> tuple[Candidates, Mapping[str, float]]:
             own, metrics = agent.respond(number, trained, prompts, key, version)
             reference, _ = agent.respond(number, policy.reference, prompts, jax.random.fold_in(key, 1), 0)
-            return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), own, reference), metrics
+            return side_by_side(own, reference), metrics
 
         return replace(passive(agent, policy), respond=respond, rule=policy_against_reference)
 
     return fill
+
+
+def side_by_side(own: Candidates, others: Candidates) -> Candidates:
+    """Responses to the same prompts, one half behind the other."""
+
+    def join(first: Any, second: Any) -> Any:
+        return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), first, second)
+
+    frozen = None
+    if own.frozen is not None and others.frozen is not None:  # of the prompts it is the same
+        frozen = replace(own.frozen, responses=join(own.frozen.responses, others.frozen.responses))
+    return replace(join(replace(own, frozen=None), replace(others, frozen=None)), frozen=frozen)
 
 
 def policy_against_reference(rewards: Array, distinct: Array, key: Array) -> Duel:

@@ -351,7 +351,7 @@ def test_rows_that_are_no_token_are_never_drawn_and_count_in_the_log_probs():
     rows = jnp.broadcast_to(jnp.asarray(logits), (500, 5))
     for temperature in (0.0, 1.0):
         sampling = dataclasses.replace(GREEDY, temperature=temperature, absent_ids=(0, 4))
-        token, logprob = generation.choose(rows, jax.random.key(0), sampling)
+        token, logprob = generation.choose(rows, jax.random.uniform(jax.random.key(0), (500,)), sampling)
         assert set(np.asarray(token)) == ({1, 2, 3} if temperature else {2})
         np.testing.assert_allclose(logprob, special.log_softmax(logits)[np.asarray(token)], rtol=1e-5)
 
