@@ -148,26 +148,15 @@ class Preference(Protocol):
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /) -> Any: ...
 
 
-class Oracle(Protocol):
-    """Labels N duels: texts in, a `Judgement` out whenever answers come; duels that none is about are not answered.
+Oracle = Callable[..., Iterator[Judgement]]
+"""Labels N duels: `oracle(prompts, first, second, swapped, keys, asks)` -> a `Judgement` whenever answers come; duels that none is
+about are not answered.
 
-    `swapped` [N] bool: which pairs are to be shown the other way round. A random key per duel, `keys` [N], drives whatever
-    noise there is. `asks` are N names, unique over all runs: a duel that is sent again after a crash bears the same name, so
-    that who bills for an answer can give it from his own record. One with a parameter `finished` is given N pairs there:
-    whether the two responses ended by themselves.
-    """
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
-        swapped: np.ndarray,
-        keys: Array,
-        asks: Sequence[str],
-        /,
-        **tells: Any,
-    ) -> Iterator[Judgement]: ...
+`swapped` [N] bool: which pairs are to be shown the other way round. A random key per duel, `keys` [N], drives whatever noise there
+is. `asks` are N names, unique over all runs: a duel that is sent again after a crash bears the same name, so that who bills for an
+answer can give it from his own record. One with a parameter `finished` is given N pairs there: whether the two responses ended by
+themselves.
+"""
 
 
 class Response(Protocol):

@@ -10,6 +10,11 @@ from typing import Any
 
 # For this process and for those that tests start: every program is compiled once, whoever needs it.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Devices of one host that wait for each other wait as long as a busy machine takes.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of torch that wait give their core away
 
 import gguf

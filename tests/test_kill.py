@@ -24,7 +24,7 @@ from configs import tiny_random
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.001
-LIMIT_S = 120.0
+LIMIT_S = 600.0
 
 
 @dataclass

@@ -36,6 +36,7 @@ def configured(policy: tuple[Server, Path], oracle: tuple[Server, Path], **field
     config.actor.max_logprob_gap = GAP
     config.oracle.kind, config.oracle.urls = "remote", oracle[0].url
     config.oracle.reward_model, config.oracle.dtype = str(oracle[1]), "float32"
+    config.oracle.max_tokens = 1024  # what the model was made for
     config.eval.best_of_n = 0
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
