@@ -24,6 +24,7 @@ from jaxtyping import Float32, Int32
 from configs import quickstart
 from sea_jax import config
 from sea_jax.actors import generation
+from sea_jax.actors.texts import texts_of
 from sea_jax.data.prompts import Rendered, collate, load_prompts
 from sea_jax.models import decoder
 from sea_jax.models.config import ModelConfig
@@ -105,7 +106,7 @@ def _write_responses(
     unfinished: Path,
 ) -> Responses:
     """Has every response written and read, a portion of the prompts at a time, each kept in a directory until all are there."""
-    configured, decode = generation.configured, generation.texts_of(policy.tokenizer)
+    configured, decode = generation.configured, texts_of(policy.tokenizer, run.sampling)
     sampled = configured(run.sampling, policy, run.policy.dtype, num_samples=num_responses)
     greedy = configured(run.sampling, policy, run.policy.dtype, num_samples=1, temperature=0.0)
     model = policy.config

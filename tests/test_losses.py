@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -92,7 +93,7 @@ def test_what_a_hard_label_does_not_ask_for_may_be_infinite_and_so_may_its_gradi
     labels = jnp.array([1.0, 0.75])
 
     def total(chosen: Array) -> Array:
-        return losses.expected(exponential, apart.replace(chosen=chosen), labels).sum()
+        return losses.expected(exponential, dataclasses.replace(apart, chosen=chosen), labels).sum()
 
     np.testing.assert_allclose(losses.expected(exponential, apart, labels), [0, 0.75 / np.e + 0.25 * np.e], rtol=1e-6)
     gradient = jax.grad(total)(apart.chosen)

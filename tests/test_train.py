@@ -268,7 +268,7 @@ def test_a_new_run_begins_with_the_labels_that_another_has_paid_for(finished: Pa
     }
     _, before = checkpoint.read(tmp_path / "run" / "checkpoints", like, 0)
     assert int(before["replay/added"]) == 24
-    np.testing.assert_array_equal(before["replay/labels"][:24], np.float32([line["label"] for line in paid]))
+    np.testing.assert_array_equal(before["replay/labels"][:24], np.array([line["label"] for line in paid], np.float32))
     assert (np.ptp(before["replay/features"][:24], axis=-1) > 0).all()
     _, after = checkpoint.read(tmp_path / "run" / "checkpoints", like)
     assert int(after["replay/added"]) == 28

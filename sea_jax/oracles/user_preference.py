@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Pairs:
     prompts: Sequence[str]
     first: Sequence[str]
     second: Sequence[str]
-    names: dict[str, Sequence[Any]]
+    names: Mapping[str, Sequence[Any]]
 
     def rows(self, rows: Sequence[int]) -> "Pairs":
         """Returns some of them."""

@@ -243,7 +243,7 @@ def _resized(like: Any, found: Any, resizable: Collection[str]) -> Any:
     there = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
     def expect(path: Any, leaf: Any) -> Any:
-        own = there.get(_path(path))
+        own: Any = there.get(_path(path))
         if _path(path) not in resizable or not hasattr(own, "shape") or tuple(own.shape[:1]) == leaf.shape[:1]:
             return leaf
         whole = leaf.sharding

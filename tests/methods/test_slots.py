@@ -57,7 +57,7 @@ def settings(name: str, **fields: Any) -> RunSettings:
     ],
 )
 def test_who_writes_and_what_learns(name, writes, reward_model, policy_learns, planning_steps):
-    agent = filled(name)
+    agent: Any = filled(name)
     WRITTEN.clear()
     agent.respond(3, "newest", None, jax.random.key(0), 7)
     assert [writes] == WRITTEN

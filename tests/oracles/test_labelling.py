@@ -186,7 +186,7 @@ def test_noise_does_not_depend_on_what_else_is_asked(tmp_path, keys):
 
 
 def test_an_oracle_that_takes_it_is_told_which_responses_ended_by_themselves(path, keys):
-    told = []
+    told: list[Any] = []
 
     def judge(prompts, first, second, finished=None):
         told.extend(zip(prompts, first, finished, strict=True))

@@ -138,7 +138,8 @@ def test_one_answer_that_cannot_be_used_is_none_and_leaves_the_others_alone(nons
         answers = ask(caller(preference), 3)
         assert math.isnan(answers.pop(1))
         assert answers == {0: 0.25, 2: 1.0}
-    (_, probability), *_ = preferences.answers(lambda *_: said, *[["x", "y", "z"]] * 3, np.zeros(3, bool))
+    texts = ["x", "y", "z"]
+    (_, probability), *_ = preferences.answers(lambda *_: said, texts, texts, texts, np.zeros(3, bool))
     assert probability.tolist() == [0.25, 1.0]
 
 
