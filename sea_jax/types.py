@@ -151,10 +151,10 @@ class Preference(Protocol):
 Oracle = Callable[..., Iterator[Judgement]]
 """Labels N duels: `oracle(prompts, first, second, swapped, keys, asks)` -> a `Judgement` whenever answers come.
 
-Duels that no judgement is about are not answered. `swapped` [N] bool: which pairs are to be shown the other way round. A random
-key per duel, `keys` [N], drives whatever noise there is. `asks` are N names, unique over all runs: a duel that is sent again
-after a crash bears the same name, so that who bills for an answer can give it from his own record. One with a parameter `finished`
-is given N pairs there: whether the two responses ended by themselves.
+Duels that no judgement is about are not answered. `swapped` [N] bool: which pairs are to be shown the other way round.
+A random key per duel, `keys` [N], drives whatever noise there is. `asks` are N names, unique over all runs: a duel that is
+sent again after a crash bears the same name, so that who bills for an answer can give it from his own record. One with a
+parameter `finished` is given N pairs there: whether the two responses ended by themselves.
 """
 
 
