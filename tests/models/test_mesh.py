@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from sea_jax.models import partition
 from sea_jax.models.mesh import make_mesh, resolve_mesh
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.runtime import checkpoint
+from sea_jax.workdir import saved_settings
 from tests.programs import sharded_run
 from tests.support import pair
 
@@ -208,6 +210,9 @@ def test_a_run_on_a_mesh_that_was_stopped_goes_on_to_the_same_numbers_bit_for_bi
     assert ledgers[0] == ledgers[1]
 
 
-def test_a_run_does_not_go_on_on_another_mesh(on_one_device: Path, models: Path) -> None:
-    with pytest.raises(ValueError, match=r"config.mesh: \(1, 1, 1\) in the work directory, \(2, 1, 1\) now"):
-        train.train(sharded_run.configured((2, 1, 1), models), on_one_device)
+@pytest.mark.slow
+def test_a_finished_run_is_taken_up_on_another_mesh(on_one_device: Path, models: Path, tmp_path: Path) -> None:
+    workdir = Path(shutil.copytree(on_one_device, tmp_path / "run"))
+    train.train(sharded_run.configured((2, 1, 1), models), workdir)
+    assert metrics(workdir) == metrics(on_one_device)
+    assert saved_settings(workdir).mesh == (2, 1, 1)
