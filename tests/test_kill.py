@@ -343,7 +343,7 @@ def test_a_service_that_is_gone_stops_the_run_with_one_error_and_is_asked_under_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["queries.jsonl", "checkpoints"])
+@pytest.mark.parametrize("file", ["queries.jsonl", "checkpoints", "responses"])
 def test_a_full_disk_stops_the_run_with_one_error_and_an_intact_last_checkpoint(
     file: str, undisturbed: Path, tmp_path: Path, service: Service
 ) -> None:
@@ -353,14 +353,16 @@ def test_a_full_disk_stops_the_run_with_one_error_and_an_intact_last_checkpoint(
         if number == 7:  # the asks are written, the labels are not
             while started.saves():
                 time.sleep(POLL_S)
-            room = (workdir / "queries.jsonl").stat().st_size + 50 if file == "queries.jsonl" else 20_000
+            room = {"queries.jsonl": (workdir / "queries.jsonl").stat().st_size + 50, "responses": 20_000}.get(
+                file, 60_000
+            )
             resource.prlimit(started.process.pid, resource.RLIMIT_FSIZE, (room, room))
 
     started = start(workdir, service)
     service.after = fill
     status, output = started.finish()
     assert status == 1
-    assert_one_error(output, rf"error: {workdir}/{file}: .*File too large.* start the same command again")
+    assert_one_error(output, rf"error: {workdir}/{file}\S*: .*File too large.* start the same command again")
     service.after = lambda number: None
     run(workdir, service)
     assert "going on from the checkpoint of step 6" in (tmp_path / "run.output").read_text()

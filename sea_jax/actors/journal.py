@@ -87,7 +87,17 @@ class Journal:
         content = io.BytesIO()
         np.savez(content, about=np.array(about), **fields)
         path = self._path(number, name)
-        processes.by_first(lambda: files.write_whole(path, content.getvalue()), None, KEPT)
+
+        def write() -> None:
+            try:
+                files.write_whole(path, content.getvalue())
+            except OSError as error:
+                raise OSError(
+                    f"{path}: {error.strerror}; responses that are not kept are not asked about. Make room and start the same "
+                    "command again: it goes on from the last checkpoint"
+                ) from error
+
+        processes.by_first(write, None, KEPT)
 
     def checkpointed(self, batches: int) -> None:
         """Forgets what no checkpoint that is kept can come past again; this one was saved when so many batches were used."""
