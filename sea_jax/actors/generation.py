@@ -17,7 +17,7 @@ from sea_jax.policy import Policy
 from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, setting
 from sea_jax.types import Array, Candidates, FrozenStates, Params, Prompts
 
-SHARES = (1, 2, 4)  # as responses end, a half and then a quarter of the rows is computed
+SHARES = (2, 4)  # as responses end, a half and then a quarter of the rows is computed
 FEWEST_ROWS = 16  # fewer are not worth another program: the weights have to be read all the same
 
 BLOCKS = 256  # the vocabulary is searched in this many blocks when a token is drawn
@@ -215,7 +215,7 @@ def sizes(num_rows: int) -> list[int]:
     """Returns how many rows are computed at first, and then, as soon as no more go on, in their place."""
     if partition.divides():  # each device has rows of its own, which end when they will
         return [num_rows]
-    return [num_rows, *(size for share in SHARES[1:] if (size := -(-num_rows // share)) >= FEWEST_ROWS)]
+    return [num_rows, *(size for share in SHARES if (size := -(-num_rows // share)) >= FEWEST_ROWS)]
 
 
 @struct.dataclass

@@ -1,5 +1,6 @@
 """Who labels a duel. A preference is noise-free taste; an oracle turns it into labels, and wrappers add noise to any oracle."""
 
+import functools
 import inspect
 import math
 import operator
@@ -229,16 +230,10 @@ def told_if_certain(oracle: Oracle, scale: float) -> Oracle:
     """
     seen, certain, told = 0, 0, False
 
-    def watched(
-        prompts: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
-        swapped: Bool[np.ndarray, " N"],
-        keys: Keys,
-        asks: Sequence[str],
-    ) -> Iterator[Judgement]:
+    @functools.wraps(oracle)  # whoever asks looks for what the oracle is told
+    def watched(*asked: Any, **tells: Any) -> Iterator[Judgement]:
         nonlocal seen, certain, told
-        for judgement in oracle(prompts, first, second, swapped, keys, asks):
+        for judgement in oracle(*asked, **tells):
             seen += len(judgement.probability)
             certain += int((np.abs(judgement.probability - 0.5) > 0.499).sum())
             if not told and seen >= SEEN and certain >= CERTAIN * seen:
@@ -259,6 +254,7 @@ def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
     The probabilities stay the noise-free ones; the labels are noisy.
     """
 
+    @functools.wraps(oracle)  # likewise
     def noisy(
         prompts: Sequence[str],
         first: Sequence[str],
@@ -266,9 +262,8 @@ def flipped(oracle: Oracle, flip_probability: float) -> Oracle:
         swapped: Bool[np.ndarray, " N"],
         keys: Keys,
         asks: Sequence[str],
-        finished: Sequence[tuple[bool, bool]] | None = None,
+        **tells: Any,
     ) -> Iterator[Judgement]:
-        tells = {"finished": finished} if takes(oracle, "finished") else {}
         own, inner = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         flip = np.asarray(jax.vmap(jax.random.uniform)(own)) < flip_probability
         for judgement in oracle(prompts, first, second, swapped, inner, asks, **tells):
