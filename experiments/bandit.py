@@ -4,16 +4,13 @@ python -m experiments.bandit --output=docs/results/bandit.json
 """
 
 import argparse
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from experiments import results
-from experiments.simulation import RULES, Environment, Recipe, Sizes, laboratory
-from sea_jax.ensemble import EnsembleSettings
-from sea_jax.losses import LossSettings
+from experiments import command, results
+from experiments.simulation import RULES, Environment, Recipe, laboratory
 from sea_jax.runtime import cache
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_RESPONSES = 256, 64, 64
@@ -74,31 +71,15 @@ def recipes(queries: int) -> dict[str, Recipe]:
 def main() -> None:
     """Runs the recipes and writes what they found."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bandit", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--queries", type=int, default=768)
-    parser.add_argument("--recipes", nargs="*", help="some of the names; default: all")
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.01, 0.03, 0.1, 0.3], help="of the policy's Adam")
-    parser.add_argument("--output", type=Path, default=Path("runs/bandit.json"))
+    command.add_arguments(parser, queries=768, output="runs/bandit.json")
     arguments = parser.parse_args()
-    known = recipes(arguments.queries)
-    names = arguments.recipes or list(known)
-    if unknown := sorted(set(names) - set(known)):
-        parser.error(f"--recipes: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = command.choose_recipes(parser, arguments, recipes(arguments.queries))
     cache.keep_compiled_programs()
-    sizes = Sizes(
-        queries=arguments.queries,
-        batch_size=16,
-        num_samples=8,
-        best_of_n=8,
-        evaluations=12,
-        ensemble=EnsembleSettings(num_heads=8, hidden_size=32, batch_size=64, steps=2, learning_rate=3e-3),
-        loss=LossSettings(),
-        rules=tuple(sorted({known[name].rule for name in names})),
-    )
+    sizes = command.sizes_for(chosen, queries=arguments.queries, batch_size=16, num_samples=8)
     grid = results.log_grid(arguments.queries, 4 * sizes.batch_size)
     results.run_all(
         laboratory(sizes, environment),
-        {name: known[name] for name in names},
+        chosen,
         rates=arguments.rates,
         num_seeds=arguments.seeds,
         tune_by="policy/oracle",

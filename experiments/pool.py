@@ -7,17 +7,14 @@ python -m experiments.pool --prompts=256 --responses=16 --output=docs/results/po
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32, PRNGKeyArray
 
-from experiments import responses, results
+from experiments import command, responses, results
 from experiments.responses import Responses
-from experiments.simulation import RULES, Environment, Recipe, Sizes, laboratory
-from sea_jax.ensemble import EnsembleSettings
-from sea_jax.losses import LossSettings
+from experiments.simulation import RULES, Environment, Recipe, laboratory
 from sea_jax.runtime import cache
 
 SCALE = 10.0  # of similarities, inside Bradley-Terry's sigmoid, as in the quickstart
@@ -172,34 +169,18 @@ def main() -> None:
     parser.add_argument("--anchor", type=float, default=50.0, help="pull of the ERM's heads, as in the quickstart")
     parser.add_argument("--oracle", choices=list(ORACLES), default="post")
     parser.add_argument("--features", choices=list(FEATURES), default="mean-12", help="what the ERM sees")
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--queries", type=int, default=512)
-    parser.add_argument("--recipes", nargs="*", help="some of the names; default: all")
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.01, 0.03, 0.1, 0.3], help="of the policy's Adam")
     parser.add_argument("--tune_by", default="policy/judge", help="what the search for the rate maximises")
-    parser.add_argument("--output", type=Path, default=Path("runs/pool.json"))
+    command.add_arguments(parser, queries=512, output="runs/pool.json")
     arguments = parser.parse_args()
-    known = recipes()
-    names = arguments.recipes or list(known)
-    if unknown := sorted(set(names) - set(known)):
-        parser.error(f"--recipes: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = command.choose_recipes(parser, arguments, recipes())
     cache.keep_compiled_programs()
     pool = responses.load_or_write(arguments.prompts, arguments.responses)
-    sizes = Sizes(
-        queries=arguments.queries,
-        batch_size=8,
-        num_samples=arguments.samples,
-        best_of_n=8,
-        evaluations=12,
-        ensemble=EnsembleSettings(num_heads=8, hidden_size=32, batch_size=64, steps=2, learning_rate=3e-3),
-        loss=LossSettings(),
-        rules=tuple(sorted({known[name].rule for name in names})),
-    )
+    sizes = command.sizes_for(chosen, queries=arguments.queries, batch_size=8, num_samples=arguments.samples)
     grid = results.log_grid(arguments.queries, 4 * sizes.batch_size)
     noise = {"flip_probability": arguments.flip, "anchor_strength": arguments.anchor}
     results.run_all(
         laboratory(sizes, given_to_all, environment(pool, arguments.oracle, arguments.features)),
-        {name: replace(known[name], **noise) for name in names},
+        {name: replace(recipe, **noise) for name, recipe in chosen.items()},
         rates=arguments.rates,
         num_seeds=arguments.seeds,
         tune_by=arguments.tune_by,
