@@ -26,6 +26,7 @@ from sea_jax.models.checkpoints import builtin
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.runtime import cache, checkpoint, metrics
 from sea_jax.workdir import claim, saved_settings
+from tests.support.cut import train_and_cut
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,22 +113,11 @@ def test_the_same_command_twice_gives_the_same_numbers(finished: Path, tmp_path:
 
 
 def test_a_run_cut_off_after_its_labels_goes_on_to_the_same_numbers_and_pays_nothing_twice(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
-    real_step = agent.step
-
-    def cut(this: agent.Agent, state: agent.State, key: Any) -> Any:
-        after = real_step(this, state, key)
-        if state.step == 3:
-            raise KeyboardInterrupt  # the labels of this step are paid for, its checkpoint is not written
-        return after
-
-    monkeypatch.setattr(agent, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(configured(), workdir)
+    train_and_cut(configured(), workdir, step=3)
     paid = (workdir / "queries.jsonl").read_text()
-    monkeypatch.setattr(agent, "step", real_step)
     train.train(configured(), workdir)
     assert (workdir / "queries.jsonl").read_text().startswith(paid)
     for name in ("queries.jsonl", "evaluations.jsonl"):
@@ -139,24 +129,14 @@ def test_a_run_that_goes_on_on_a_device_that_computes_otherwise_still_fits_what_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(max_queries=16, eval__every_queries=1000, eval__best_of_n=0, checkpoint__every_steps=3)
-    real_step, real_generate, real_rewards = agent.step, generation.generate, ensemble.rewards
-
-    def cut(this: agent.Agent, state: agent.State, key: Any) -> Any:
-        after = real_step(this, state, key)
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return after
-
-    monkeypatch.setattr(agent, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(config, tmp_path)
+    real_generate, real_rewards = generation.generate, ensemble.rewards
+    train_and_cut(config, tmp_path, step=2)
     paid = (tmp_path / "queries.jsonl").read_text()
     assert paid.count('"event": "ask"') > 8
 
     def other_responses(params: Any, prompts: Any, key: Any, **how: Any) -> Any:
         return real_generate(params, prompts, jax.random.fold_in(key, 1), **how)
 
-    monkeypatch.setattr(agent, "step", real_step)
     monkeypatch.setattr(generation, "generate", other_responses)
     monkeypatch.setattr(ensemble, "rewards", lambda heads, features: -real_rewards(heads, features))
     train.train(config, tmp_path)

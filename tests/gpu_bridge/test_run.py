@@ -11,6 +11,7 @@ from configs import tiny_random
 from gpu_bridge import protocol
 from sea_jax import agent, train
 from sea_jax.runtime import cache
+from tests.support.cut import train_and_cut
 from tests.support.engines import PYTHON, TOKEN, Server, kill_engine
 
 pytestmark = [
@@ -47,23 +48,6 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
 
 
-def run_and_cut(config: ml_collections.ConfigDict, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends a run behind the labels of its third step, which no checkpoint holds, and starts it again."""
-    real_step = agent.step
-
-    def cut(this: agent.Agent, state: agent.State, key: Any) -> Any:
-        after = real_step(this, state, key)
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return after
-
-    monkeypatch.setattr(agent, "step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(config, workdir)
-    monkeypatch.setattr(agent, "step", real_step)
-    train.train(config, workdir)
-
-
 def test_a_run_through_the_bridge_ends_like_one_in_process(
     policy: tuple[Server, Path], oracle: tuple[Server, Path], tmp_path: Path
 ) -> None:
@@ -83,11 +67,12 @@ def test_a_run_through_the_bridge_ends_like_one_in_process(
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_run_that_is_cut_goes_on_to_the_same_numbers(
-    lag: int, policy: tuple[Server, Path], oracle: tuple[Server, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lag: int, policy: tuple[Server, Path], oracle: tuple[Server, Path], tmp_path: Path
 ) -> None:
     config = configured(policy, oracle, actor__lag=lag, exploration__planning_steps=0)
     train.train(config, tmp_path / "undisturbed")
-    run_and_cut(config, tmp_path / "cut", monkeypatch)
+    train_and_cut(config, tmp_path / "cut", step=2)
+    train.train(config, tmp_path / "cut")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "undisturbed")
     ledgers = [(tmp_path / name / "queries.jsonl").read_bytes() for name in ("cut", "undisturbed")]
     assert ledgers[0] == ledgers[1]
