@@ -18,6 +18,7 @@ from sea_jax import ensemble, wiring
 from sea_jax.config import RunSettings, checked
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.evaluation import ORACLE, Evaluation, EvaluationSettings, Responses, best_by, text_metrics
+from sea_jax.heldout import heldout_evaluation
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
@@ -133,7 +134,7 @@ def evaluate_on(
         Ledger(workdir / EVALUATION_LEDGER, writes=False) as asked_by_run,
     ):
         with watching(batches) as watched:
-            heldout = wiring.heldout_evaluation(config, parts, best_of, (asked, asked_by_run), watched)
+            heldout = heldout_evaluation(config, parts, best_of, (asked, asked_by_run), watched)
             written = {"initial": heldout.initial, "response": heldout.greedy(trained, version)}
             if best_of:
                 written["best_of_n"] = heldout.best_of_n(trained, state["ensemble"], version)

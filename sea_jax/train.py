@@ -21,6 +21,7 @@ from sea_jax.actors.texts import finished_by
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
+from sea_jax.heldout import heldout_evaluation
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles import oracle
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
@@ -187,7 +188,7 @@ def train_on(
             logging.info("going on from the checkpoint of step %d, %d queries paid for", state.step, state.queries)
 
         # ------------------------------------------------------------------------------------------------------ Evaluation
-        heldout = wiring.heldout_evaluation(config, parts, config.eval.best_of_n, (asked, asked_by_command))
+        heldout = heldout_evaluation(config, parts, config.eval.best_of_n, (asked, asked_by_command))
 
         def evaluated(state: sea.State, writer: metrics.Writer) -> dict[str, float]:
             chooses = config.eval.best_of_n_always or state.queries >= config.max_queries

@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run, each on its place in the mesh: policy, prompts, features, oracle, evaluation."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,23 +21,18 @@ from sea_jax.actors.stop import ending
 from sea_jax.actors.texts import texts_of
 from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
-from sea_jax.data.prompts import Batch, Rendered, evaluation_batches, load_prompts
-from sea_jax.ensemble import Ensemble
-from sea_jax.evaluation import JUDGE, ORACLE, Evaluation, Responses
+from sea_jax.data.prompts import Batch, Rendered, load_prompts
 from sea_jax.methods.by_name import METHODS
 from sea_jax.models import decoder, partition
-from sea_jax.oracles import oracle, preferences
-from sea_jax.oracles.asked_once import asked_once
-from sea_jax.oracles.ledger import Ledger
+from sea_jax.oracles import oracle
 from sea_jax.policy import Policy, load_weights, read_files
-from sea_jax.policy_logprobs import likelihood_at, under_policy
+from sea_jax.policy_logprobs import under_policy
 from sea_jax.preflight import check_length, check_mesh, check_reward_model, read_sources
 from sea_jax.replay import empty_replay
 from sea_jax.settings import user_function
 from sea_jax.types import (
     Array,
     Generate,
-    Params,
     PolicyServers,
     Preference,
     Prompts,
@@ -154,30 +149,28 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
         sampling=generation.configured(config.sampling, loaded, config.policy.dtype),
         stop=config.sampling.stop,
         texts=texts_of(loaded.tokenizer, config.sampling),
-        features=features.build(
-            config.erm,
-            loaded,
-            dtype=config.policy.dtype,
-            read_by_sampler=sampler_reads_features(config),
-            batch_size=config.sampling.batch_size,
-        ),
+        features=features_for(config, loaded, read_by_sampler=sampler_reads_features(config)),
         num_features=features.width(config.erm, loaded),
         servers=connect(config.actor, config.bridge_token_file) if config.actor.kind == "bridge" else None,
         weights_dtype=config.actor.weights_dtype,
     )
 
 
-def features_of_any(config: RunSettings, loaded: Parts) -> features.Featurize:
-    """Returns what the ERM sees of responses that the policy here may not have written."""
-    if loaded.features is not features.from_sampler:
-        return loaded.features
+def features_for(config: RunSettings, policy: Policy, *, read_by_sampler: bool) -> features.Featurize:
+    """Returns what the ERM sees of responses."""
     return features.build(
         config.erm,
-        loaded.policy,
+        policy,
         dtype=config.policy.dtype,
-        read_by_sampler=False,
+        read_by_sampler=read_by_sampler,
         batch_size=config.sampling.batch_size,
     )
+
+
+def features_of_any(config: RunSettings, loaded: Parts) -> features.Featurize:
+    """Returns what the ERM sees of responses that the policy here may not have written."""
+    by_sampler = loaded.features is features.from_sampler  # else a trunk that is there is not loaded once more
+    return features_for(config, loaded.policy, read_by_sampler=False) if by_sampler else loaded.features
 
 
 def sampler_reads_features(config: RunSettings) -> bool:
@@ -239,62 +232,4 @@ def responder(
         next_batch=following,
         directory=directory,
         checkpoints_kept=config.checkpoint.keep,
-    )
-
-
-def heldout_evaluation(
-    config: RunSettings,
-    loaded: Parts,
-    best_of_n: int,
-    ledgers: Sequence[Ledger],
-    watched: Callable[[Generate], Generate] = lambda generate: generate,
-) -> Evaluation:
-    """Returns how a policy is evaluated; the initial policy's responses are written on the way.
-
-    Args:
-      config: RunSettings.
-      loaded: Parts.
-      best_of_n: responses to choose from where the ERM chooses; 0: it never will.
-      ledgers: of what evaluations ask; new questions go to the first.
-      watched: put around whoever writes the responses, to see how far he is.
-    """
-    padding, decode = loaded.padding(config.data.bucket), loaded.texts
-    how = functools.partial(
-        generation.configured,
-        config.sampling,
-        loaded.policy,
-        config.policy.dtype,
-        max_new_tokens=config.eval.max_new_tokens,
-    )
-    heldout = list(evaluation_batches(loaded.heldout_prompts, batch_size=config.eval.batch_size, **padding))
-    few = loaded.heldout_prompts[: config.eval.best_of_n_prompts]
-    many = how(num_samples=max(best_of_n, 1))
-    write_one = watched(loaded.generate(how(num_samples=1, temperature=0.0), again=True))
-    write_many = watched(loaded.generate(many, config.sampling.batch_size))
-
-    def greedy(trained: Params, version: int) -> Responses:
-        return evaluation.greedy(write_one, decode, trained, version, heldout)
-
-    def chosen(trained: Params, reward_model: Ensemble, version: int) -> Responses:
-        batches = list(evaluation_batches(few, batch_size=config.data.batch_size, **padding))
-        key = jax.random.key(config.seed)
-        return evaluation.best_of_n(write_many, decode, loaded.features, trained, version, reward_model, batches, key)
-
-    tastes = {ORACLE: loaded.preference if config.eval.oracle else None, JUDGE: loaded.judge}
-    read = loaded.heldout_prompts[: config.eval.likelihood_prompts]
-    likelihood = functools.partial(
-        likelihood_at,
-        batch_size=config.sampling.batch_size or config.data.batch_size,
-        bucket=config.data.bucket,
-        max_new_tokens=config.eval.max_new_tokens,
-        settings=config.data,
-    )
-    return Evaluation(
-        records=[one.record for one in loaded.heldout_prompts],
-        preferences={who: asked_once(taste, who, ledgers[0], ledgers[1:]) for who, taste in tastes.items() if taste},
-        greedy=greedy,
-        best_of_n=chosen,
-        likelihood=likelihood(loaded.policy, read, config.policy.dtype) if read else None,
-        initial=greedy(loaded.policy.reference, version=0),
-        swapped=preferences.drawn_order(jax.random.split(jax.random.key(config.seed), len(loaded.heldout_prompts))),
     )

@@ -366,7 +366,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_computed(
 ) -> None:
     prepare, arguments, message = BAD[case]
     prepare(run)
-    monkeypatch.setattr(wiring, "heldout_evaluation", lambda *_: pytest.fail("responses were written"))
+    monkeypatch.setattr(evaluate, "heldout_evaluation", lambda *_: pytest.fail("responses were written"))
     with pytest.raises(ValueError, match=rf"(?m){message}"):
         evaluate.evaluate(run, **arguments)
     assert not list(run.glob("evaluation-*"))

@@ -17,6 +17,7 @@ from sea_jax import ensemble, features, memory, wiring
 from sea_jax.actors import generation
 from sea_jax.config import RunSettings, resolve, unchecked
 from sea_jax.data.prompts import evaluation_batches
+from sea_jax.heldout import heldout_evaluation
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
 from sea_jax.oracles.ledger import Ledger
@@ -146,9 +147,7 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
         asked = Prompts(jnp.asarray(batch["tokens"]), jnp.asarray(batch["valid"]))
         candidates, _ = responder.respond(0, trained, asked, key, 0)
     parts.features(batch, candidates, ())
-    heldout = wiring.heldout_evaluation(
-        settings, parts, settings.eval.best_of_n, [Ledger(tmp_path / "evaluations.jsonl")]
-    )
+    heldout = heldout_evaluation(settings, parts, settings.eval.best_of_n, [Ledger(tmp_path / "evaluations.jsonl")])
     heads = ensemble.init(settings.erm, parts.num_features, key)
     heldout.best_of_n(trained, heads, 0)
     assert calls == compiled

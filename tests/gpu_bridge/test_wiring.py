@@ -13,6 +13,7 @@ from configs import tiny_random as tiny_random_config
 from gpu_bridge import protocol
 from sea_jax import wiring
 from sea_jax.config import resolve
+from sea_jax.heldout import heldout_evaluation
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.mesh import make_mesh
 from sea_jax.oracles.ledger import Ledger
@@ -50,7 +51,7 @@ def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) ->
     with jax.set_mesh(mesh):
         parts = wiring.parts(config, mesh)
         # The greedy responses of an evaluation.
-        evaluation = wiring.heldout_evaluation(config, parts, 0, [Ledger(tmp_path / "evaluations.jsonl")])
+        evaluation = heldout_evaluation(config, parts, 0, [Ledger(tmp_path / "evaluations.jsonl")])
         assert {message["temperature"] for message in policy.sent(protocol.GENERATE)} == {0}
         assert len(evaluation.initial.texts) == min(len(parts.heldout_prompts), config.eval.num_prompts)
         saved = hf.to_tensors(parts.policy.config, hf.load(parts.policy.directory).params)
