@@ -15,16 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sea_jax import ensemble, sampling
+from sea_jax import ensemble, open_pairs, sampling
 from sea_jax.ensemble import Ensemble
 from sea_jax.features import Featurize
 from sea_jax.learner import Learner
-from sea_jax.oracles.labelling import ORACLE, Question, label
+from sea_jax.open_pairs import OpenPairs
+from sea_jax.oracles.labelling import ORACLE, Question, label, label_late
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import Policy
 from sea_jax.replay import Replay, add_pairs
 from sea_jax.settings import NOT_NEGATIVE, one_of, one_of_or_user, setting
-from sea_jax.types import Array, Candidates, Duel, DuelRule, Oracle, Params, PreferenceBatch, Prompts, Respond
+from sea_jax.types import (
+    Array,
+    Candidates,
+    Duel,
+    DuelRule,
+    LateOracle,
+    Oracle,
+    Params,
+    PreferenceBatch,
+    Prompts,
+    Respond,
+)
 
 Metrics = dict[str, float]
 
@@ -92,6 +104,7 @@ class State:
       step: steps taken in which the oracle could be asked.
       queries: oracle labels paid for.
       batches: batches of prompts used.
+      open: pairs that the oracle may still answer; None: it answers at once or never.
     """
 
     learner: Learner
@@ -100,6 +113,7 @@ class State:
     step: int
     queries: int
     batches: int
+    open: OpenPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -231,9 +245,12 @@ class Agent:
       oracle: labels duels.
       ledger: every label, on disk before it is used.
       max_queries: oracle labels in all.
+      batch_size: prompts of a batch.
       learn_rewards: Ensemble, Replay, key -> Ensemble, metrics; None: there is no reward model to learn.
       standardise: the ERM's features are divided by their spread, see `ensemble.calibrate`.
       lessons: Experience -> what the policy learns from.
+      policy_learns_late: it learns from pairs that are answered after their step, `batch_size` labelled ones at a time; else
+        these teach the ERM alone.
       learn_policy: Learner, lessons -> Learner, metrics; None: the policy stays as it is.
       planning: steps in between; None: none.
     """
@@ -250,9 +267,11 @@ class Agent:
     oracle: Oracle
     ledger: Ledger
     max_queries: int
+    batch_size: int
     learn_rewards: LearnRewards | None
     standardise: bool
     lessons: Callable[[Experience], Any]
+    policy_learns_late: bool
     learn_policy: LearnPolicy | None
     select: Select | None = None
     planning: Planning | None = None
@@ -294,7 +313,10 @@ def step(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
       State and the step's metrics.
     """
     keys = named_keys(key)
-    state, metrics = take(agent, state, keys)
+    state, metrics = learn_late(agent, state, keys["rewards"])
+    if state.queries < agent.max_queries:
+        state, of_duels = take(agent, state, keys)
+        metrics |= of_duels
     state = replace(state, step=state.step + 1)
     planning = agent.planning
     if planning and state.queries >= planning.after_queries:
@@ -338,25 +360,113 @@ def take(agent: Agent, state: State, keys: Mapping[str, Array], suffix: str = ""
         assignment = _apply_limits(agent, state, proposal, assignment)
         duel = assignment.duel
         labels, labelled, answered = _label(agent, state, proposal, assignment, keys["oracle"], suffix)
-    reward_model, replay = state.ensemble, state.replay
-    with timed(metrics, "train/rm/learn_time"):
-        if agent.learn_rewards is not None:
-            replay = add_pairs(replay, take_duel(proposal.candidates.features, duel), labels, answered)
-            reward_model, erm_metrics = agent.learn_rewards(reward_model, replay, keys["rewards"])  # line 9
-            metrics |= {
-                "train/rm/loss_rew": float(erm_metrics["loss"]),
-                "train/rm/acc_rew": float(erm_metrics["accuracy"]),
-            }
-    learner = state.learner
-    with timed(metrics, "train/learn_time"):
-        if agent.learn_policy is not None:
-            lessons = agent.lessons(Experience(proposal, duel, labels, labelled, reward_model))
-            learner, policy_metrics = agent.learn_policy(learner, lessons)  # line 10
-            jax.block_until_ready(learner)
-            metrics |= {f"train/{name}": float(value) for name, value in policy_metrics.items()}
+        state = _keep_open(agent, state, proposal, duel, suffix)
+    features = take_duel(proposal.candidates.features, duel)
+    state = _learn_rewards(agent, state, features, labels, answered, keys["rewards"], metrics)  # line 9
+    if agent.learn_policy is not None:
+        with timed(metrics, "train/learn_time"):
+            lessons = agent.lessons(Experience(proposal, duel, labels, labelled, state.ensemble))
+        state = _learn_policy(agent.learn_policy, state, lessons, metrics)  # line 10
     metrics |= _duel_metrics(proposal, assignment, labels, labelled, answered)
-    queries = state.queries + int(answered.sum())
-    return replace(state, learner=learner, ensemble=reward_model, replay=replay, queries=queries), metrics
+    return replace(state, queries=state.queries + int(answered.sum())), metrics
+
+
+def _learn_rewards(
+    agent: Agent, state: State, features: Array, labels: Array, answered: Array, key: Array, metrics: Metrics
+) -> State:
+    """Remembers what the oracle has answered, and has the ERM learn."""
+    if agent.learn_rewards is None:
+        return state
+    with timed(metrics, "train/rm/learn_time"):
+        replay = add_pairs(state.replay, features, labels, answered)
+        reward_model, found = agent.learn_rewards(state.ensemble, replay, key)
+        metrics |= {"train/rm/loss_rew": float(found["loss"]), "train/rm/acc_rew": float(found["accuracy"])}
+    return replace(state, ensemble=reward_model, replay=replay)
+
+
+def _learn_policy(learn_policy: LearnPolicy, state: State, lessons: Any, metrics: Metrics) -> State:
+    """Takes a policy step."""
+    with timed(metrics, "train/learn_time"):
+        learner, found = learn_policy(state.learner, lessons)
+        jax.block_until_ready(learner)
+        metrics |= {f"train/{name}": float(value) for name, value in found.items()}
+    return replace(state, learner=learner)
+
+
+def learn_late(agent: Agent, state: State, key: Array) -> tuple[State, Metrics]:
+    """Learns from the answers that have come to pairs which steps before asked about.
+
+    It waits for some where nothing more can be asked until then.
+
+    Args:
+      agent: Agent.
+      state: State.
+      key: random key.
+
+    Returns:
+      State and metrics, none where the oracle is not one that answers late.
+    """
+    held, oracle = state.open, agent.oracle
+    if held is None or not isinstance(oracle, LateOracle):
+        return state, {}
+    row: Metrics = {}
+    capacity = len(held.step)
+    slots = {f"{held.step[slot]}-{held.row[slot]}": slot for slot in held.taken()}
+    oldest = int(state.learner.step) - oracle.max_staleness
+    with timed(row, "late/wait_time"):
+        found = label_late(
+            list(slots),
+            oracle,
+            agent.ledger,
+            state.step,
+            stale=[name for name, slot in slots.items() if held.version[slot] < oldest],
+            enough=lambda answered, never: (
+                len(slots) == answered + never
+                or _room(agent, capacity, state.queries + answered, len(slots) - answered - never) > 0
+            ),
+        )
+    labels = {slots[name]: value for name, value in found.items() if not math.isnan(value)}
+    for start in range(0, len(labels), agent.batch_size):
+        some = list(labels)[start : start + agent.batch_size]
+        pairs, features = open_pairs.batch_of(held, some, [labels[slot] for slot in some], agent.batch_size)
+        own_key = jax.random.fold_in(key, start + 1)
+        state = _learn_rewards(agent, state, features, pairs.labels, pairs.weights > 0, own_key, row)
+        if agent.learn_policy is not None and agent.policy_learns_late:
+            state = _learn_policy(agent.learn_policy, state, pairs, row)
+    metrics: Metrics = {
+        "explorer/pairs": 0,
+        "explorer/unanswered": 0,
+        "late/pairs": len(labels),
+        "late/open": len(slots) - len(found),
+        "late/wait_time": row["late/wait_time"],
+        "late/learn_time": row.get("train/rm/learn_time", 0.0) + row.get("train/learn_time", 0.0),
+    }
+    held = open_pairs.free(held, [slots[name] for name in found])
+    return replace(state, open=held, queries=state.queries + len(labels)), metrics
+
+
+def _room(agent: Agent, capacity: int, queries: int, num_open: int) -> int:
+    """How many pairs more the oracle may be asked about, if no more than `capacity` may be open."""
+    return min(agent.max_queries - queries, capacity) - num_open
+
+
+def _keep_open(agent: Agent, state: State, proposal: Proposal, duel: Duel, suffix: str) -> State:
+    """Keeps the pairs of a step that the oracle may still answer."""
+    left = np.array([agent.ledger.left_open(f"{state.step}{suffix}-{row}") for row in range(len(proposal.texts))])
+    if state.open is None or not left.any():
+        return state
+    candidates = proposal.candidates
+    held = open_pairs.add(
+        state.open,
+        left,
+        step=state.step,
+        version=int(state.learner.step),
+        prompts=proposal.prompts,
+        tokens=take_duel(candidates.tokens, duel),
+        lengths=take_duel(candidates.lengths, duel),
+        features=take_duel(candidates.features, duel),
+    )
+    return replace(state, open=held)
 
 
 @contextlib.contextmanager
@@ -466,7 +576,11 @@ def _apply_limits(agent: Agent, state: State, proposal: Proposal, assignment: As
     duel = assignment.duel
     differ = proposal.distinct[jnp.arange(duel.first.shape[0]), duel.first, duel.second]
     to_oracle = assignment.to_oracle & differ
-    within_budget = jnp.cumsum(to_oracle) <= agent.max_queries - state.queries
+    held = state.open
+    left = agent.max_queries - state.queries
+    if held is not None:
+        left = _room(agent, len(held.step), state.queries, len(held.taken()))
+    within_budget = jnp.cumsum(to_oracle) <= left
     return replace(assignment, to_oracle=to_oracle & within_budget, to_erm=assignment.to_erm & differ)
 
 
@@ -478,6 +592,7 @@ def _label(
     to_oracle, to_erm = np.asarray(assignment.to_oracle), np.asarray(assignment.to_erm)
     cut = np.zeros(len(first), bool) if assignment.cut is None else np.asarray(assignment.cut)
     finished = np.asarray(proposal.finished)
+    foreseen = np.asarray(sampling.mean_label(proposal.rewards, assignment.duel))
     rows = np.flatnonzero(to_oracle | to_erm).tolist()
     questions = [
         Question(
@@ -490,6 +605,7 @@ def _label(
             erm_label=float(assignment.erm_labels[row]) if to_erm[row] else None,
             cut=bool(cut[row]),
             finished=(bool(finished[row, first[row]]), bool(finished[row, second[row]])),
+            foreseen=None if agent.learn_rewards is None else float(foreseen[row]),
         )
         for row in rows
     ]

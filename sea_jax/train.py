@@ -111,7 +111,8 @@ def train_on(
     batches = training_batches(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
     )
-    initial = functools.partial(wiring.initial_state, config, parts, total_steps, len(carried))
+    labeller = oracle.oracle(config.oracle, parts.preference)
+    initial = functools.partial(wiring.initial_state, config, parts, total_steps, len(carried), labeller)
 
     check_fingerprint(policy, workdir)
     prompts_id = fingerprint(parts.train_prompts, parts.heldout_prompts, policy.tokenizer)
@@ -141,10 +142,11 @@ def train_on(
             logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
             rule=sampling.passive,
             assign=sea.all_to_oracle,
-            oracle=oracle.oracle(config.oracle, parts.preference),
+            oracle=labeller,
             ledger=ledger,
             learn_rewards=jax.jit(functools.partial(ensemble.update, config=config.erm)),
             lessons=sea.labelled_duels,
+            policy_learns_late=True,
             learn_policy=lambda state, pairs: learner.update(
                 state,
                 policy.frozen,
@@ -156,6 +158,7 @@ def train_on(
                 rows=learner.count_rows(pairs.prompts, pairs.tokens, pairs.lengths, learner_config.microbatch_size),
             ),
             max_queries=config.max_queries,
+            batch_size=batch_size,
             standardise=config.erm.standardise,
         )
         agent = fill(passive, policy)

@@ -6,7 +6,7 @@ d features, V vocabulary, L layers, N texts, pairs or rows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -108,7 +108,7 @@ class Judgement(NamedTuple):
     Attributes:
       rows: which of the N are answered.
       probability: that the first response wins, before any noise.
-      label: in [0, 1], the label that is paid for and learnt from.
+      label: in [0, 1], the label that is paid for and learnt from; NaN: nobody will ever give one.
     """
 
     rows: Int[np.ndarray, " n"]
@@ -154,8 +154,40 @@ Oracle = Callable[..., Iterator[Judgement]]
 Duels that no judgement is about are not answered. `swapped` [N] bool: which pairs are to be shown the other way round.
 A random key per duel, `keys` [N], drives whatever noise there is. `asks` are N names, unique over all runs: a duel that is
 sent again after a crash bears the same name, so that who bills for an answer can give it from his own record. One with a
-parameter `finished` is given N pairs there: whether the two responses ended by themselves.
+parameter `finished` is given N pairs there: whether the two responses ended by themselves; one with a parameter `foreseen`
+N probabilities by the ERM that the first wins, for who wants to compare.
 """
+
+
+@runtime_checkable
+class LateOracle(Protocol):
+    """An oracle that may answer after the step that asked: a duel that no judgement was about when its call ended stays open.
+
+    Attributes:
+      max_staleness: policy steps after which nobody is to be asked about an open duel any more.
+    """
+
+    @property
+    def max_staleness(self) -> int: ...
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        swapped: np.ndarray,
+        keys: Array,
+        asks: Sequence[str],
+        /,
+    ) -> Iterator[Judgement]: ...
+
+    def collect(self, asks: Sequence[str]) -> Judgement:
+        """Returns, without waiting, what has become of N open duels, by the names under which they were asked about."""
+        ...
+
+    def withdraw(self, asks: Sequence[str]) -> None:
+        """Has nobody asked about these any more; `collect` says NaN of each, unless somebody was faster."""
+        ...
 
 
 class Response(Protocol):

@@ -21,22 +21,18 @@ from sea_jax.actors.stop import ending
 from sea_jax.actors.texts import texts_of
 from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
+from sea_jax.data import batching
 from sea_jax.data.prompts import Batch, Rendered, load_prompts
 from sea_jax.methods.by_name import METHODS
 from sea_jax.models import decoder, partition
+from sea_jax.open_pairs import OpenPairs, empty_open_pairs
 from sea_jax.oracles import oracle
 from sea_jax.policy import Policy, load_weights, read_files
 from sea_jax.policy_logprobs import under_policy
 from sea_jax.preflight import check_length, check_mesh, check_reward_model, read_sources
 from sea_jax.replay import empty_replay
 from sea_jax.settings import user_function
-from sea_jax.types import (
-    Array,
-    Generate,
-    PolicyServers,
-    Preference,
-    Prompts,
-)
+from sea_jax.types import Array, Generate, LateOracle, Oracle, PolicyServers, Preference, Prompts
 
 
 def method(settings: RunSettings) -> FillSlots:
@@ -183,7 +179,9 @@ def replay_capacity(config: RunSettings, num_carried: int = 0) -> int:
     return max(min(config.erm.replay_capacity, num_carried + config.max_queries), config.data.batch_size)
 
 
-def initial_state(config: RunSettings, loaded: Parts, total_steps: int, num_carried: int = 0) -> State:
+def initial_state(
+    config: RunSettings, loaded: Parts, total_steps: int, num_carried: int = 0, oracle: Oracle | None = None
+) -> State:
     """Returns the state of a run before its first step.
 
     Args:
@@ -191,6 +189,7 @@ def initial_state(config: RunSettings, loaded: Parts, total_steps: int, num_carr
       loaded: Parts.
       total_steps: policy steps of the schedule.
       num_carried: labels of another run that the replay must have room for as well.
+      oracle: for whose late answers there is room; None: nobody's.
     """
     model, initial = loaded.policy.config, loaded.policy.initial
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -204,6 +203,18 @@ def initial_state(config: RunSettings, loaded: Parts, total_steps: int, num_carr
         step=0,
         queries=0,
         batches=0,
+        open=room_for_open_pairs(config, loaded, oracle) if isinstance(oracle, LateOracle) else None,
+    )
+
+
+def room_for_open_pairs(config: RunSettings, loaded: Parts, oracle: LateOracle) -> OpenPairs:
+    """Returns room for all that can be open at a time: an oracle step is a policy step, and older pairs are withdrawn."""
+    longest = max(len(prompt.tokens) for prompt in loaded.train_prompts)
+    return empty_open_pairs(
+        config.data.batch_size * (oracle.max_staleness + 2),
+        batching.rounded(longest, config.data.bucket),
+        config.sampling.max_new_tokens,
+        loaded.num_features,
     )
 
 

@@ -42,7 +42,7 @@ def test_every_room_has_its_line_on_the_page() -> None:
 
 def test_every_slot_of_an_agent_has_its_line_on_the_page() -> None:
     slots = first_column(PAGE.split("## The way of one step")[1].split("## Where things go")[0])
-    assert sorted([*slots, "max_queries", "standardise", "unfinished"]) == sorted(
+    assert sorted([*slots, "max_queries", "batch_size", "standardise", "unfinished"]) == sorted(
         slot.name for slot in dataclasses.fields(Agent)
     )
 

@@ -21,7 +21,7 @@ preflight workdir history
 config
 agent evaluation
 ensemble features policy_logprobs oracles actors
-data replay learner policy
+data replay open_pairs learner policy
 models sampling losses
 runtime
 types settings statistics repetition

@@ -40,7 +40,7 @@ def information_directed(settings: RunSettings) -> FillSlots:
     def fill(agent: Agent, policy: Policy) -> Agent:
         fresh = replace(planner(agent), lessons=of_fresh_prompts)
         planning = Planning(fresh, exploration.planning_steps, exploration.planning_after_queries)
-        return replace(agent, rule=rule, lessons=of_asked_prompts, planning=planning)
+        return replace(agent, rule=rule, lessons=of_asked_prompts, policy_learns_late=False, planning=planning)
 
     return fill
 

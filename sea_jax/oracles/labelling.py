@@ -1,8 +1,10 @@
 """One way from a duel to its label: asked on disk first, then by the oracle or the ERM, and on disk before anyone learns."""
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from sea_jax.oracles.ledger import Ledger, LedgerError
 from sea_jax.oracles.preferences import drawn_order, takes
 from sea_jax.runtime import processes
-from sea_jax.types import Array, Judgement, Oracle
+from sea_jax.types import Array, Judgement, LateOracle, Oracle
 
 # Who labels a pair; CUT: nobody needs to, one response was cut and the other ended by itself.
 ORACLE, ERM, CUT = "oracle", "erm", "cut"
@@ -32,6 +34,7 @@ class Question:
       erm_label: None: the oracle is asked and the query counted; else the label that the ERM gives.
       cut: that label is not the ERM's: one response ended by itself, the other was cut.
       finished: whether the first and the second response ended by themselves; None: nobody knows.
+      foreseen: the ERM's probability that the first wins; None: there is no ERM.
     """
 
     key: str
@@ -43,6 +46,7 @@ class Question:
     erm_label: float | None
     cut: bool = False
     finished: tuple[bool, bool] | None = None
+    foreseen: float | None = None
 
     @property
     def labeller(self) -> str:
@@ -70,7 +74,7 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
       questions: N pairs.
       oracle: asked about those that neither the ledger nor the ERM has answered; each is shown in a random order.
       ledger: every ask is on disk (fsync) when the oracle is asked, every answer as soon as it comes; what is not answered
-        stands there as an abstention when this returns.
+        stands there when this returns, as an abstention, or as open if the oracle may answer later.
       keys: [N] random keys, one per question.
 
     Returns:
@@ -83,8 +87,13 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
     """
     entries = [question.entry() for question in questions]
     known = [_look_up(ledger, entry) for entry in entries]
-    asked = [row for row, question in enumerate(questions) if known[row] is None and question.erm_label is None]
+    asked = [
+        row
+        for row, question in enumerate(questions)
+        if known[row] is None and question.erm_label is None and not ledger.left_open(question.key)
+    ]
     ready: set[int] = set()  # rows that are labelled and not yet on disk
+    refused: set[int] = set()  # rows that nobody will ever label
     for row, question in enumerate(questions):
         if known[row] is None and question.erm_label is not None:
             entries[row] |= {"probability": question.erm_label, "label": question.erm_label, "counted": False}
@@ -102,27 +111,101 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
         for row, swap in zip(asked, swapped.tolist(), strict=True):
             entries[row]["swapped"] = swap
         processes.together(lambda: ledger.ask(entries[row] for row in asked), "the ledger")
-        finished = [questions[row].finished for row in asked]
-        tells = {"finished": finished} if takes(oracle, "finished") and None not in finished else {}
+        told = {name: [getattr(questions[row], name) for row in asked] for name in ("finished", "foreseen")}
+        tells = {name: values for name, values in told.items() if takes(oracle, name) and None not in values}
         judgements = oracle(
             [questions[row].prompt for row in asked],
             [questions[row].first for row in asked],
             [questions[row].second for row in asked],
             swapped,
             asked_keys,
-            [f"{ledger.run_id}/{questions[row].key}" for row in asked],
+            [_name(ledger, questions[row].key) for row in asked],
             **tells,
         )
         for judgement in _name_failures(judgements, len(asked), ledger):
             for number, probability, value in zip(*judgement, strict=True):
                 row = asked[number]
-                entries[row] |= {"probability": float(probability), "label": float(value), "counted": True}
+                if math.isnan(value):
+                    refused.add(row)
+                    continue
+                entries[row] |= _paid(probability, value)
                 ready.add(row)
             record()
-        silent = [entries[row] for row in asked if known[row] is None]
-        processes.together(lambda: ledger.abstain(silent), "the ledger")
+        silent = {row for row in asked if known[row] is None}
+        if not isinstance(oracle, LateOracle):
+            refused = silent
+        processes.together(lambda: ledger.abstain([entries[row] for row in sorted(refused)]), "the ledger")
+        processes.together(lambda: ledger.leave_open([entries[row] for row in sorted(silent - refused)]), "the ledger")
     record()
-    return [float(np.float32(line["label"])) if line and "label" in line else math.nan for line in known]
+    lines = [None if ledger.left_open(question.key) else line for question, line in zip(questions, known, strict=True)]
+    return [_label_of(line) for line in lines]
+
+
+def label_late(
+    keys: Sequence[str],
+    oracle: LateOracle,
+    ledger: Ledger,
+    step: int,
+    stale: Sequence[str],
+    enough: Callable[[int, int], bool],
+) -> dict[str, float]:
+    """Takes what has become of pairs that steps before left open; a resumed run takes the same at the same step.
+
+    Args:
+      keys: of the pairs.
+      oracle: was asked about them.
+      ledger: every answer is on disk (fsync) when this returns.
+      step: learns from them.
+      stale: keys of those that are withdrawn.
+      enough: how many are answered, how many never will be -> whether the run can go on; until then it waits.
+
+    Returns:
+      The labels of those that are no longer open, by their keys; NaN where there will be none.
+    """
+
+    def on_record() -> dict[str, float]:
+        lines = {key: ledger.find(key) or ledger.abstained(key) for key in keys}
+        return {key: _label_of(line) for key, line in lines.items() if line is not None and line.get("taken") == step}
+
+    if ledger.has_taken(step):
+        return on_record()
+    oracle.withdraw([_name(ledger, key) for key in stale])
+    while True:
+        still_open = [key for key in keys if key not in on_record()]
+        judgement = oracle.collect([_name(ledger, key) for key in still_open])
+        labelled, refused = [], []
+        for number, probability, value in zip(*judgement, strict=True):
+            entry = {"key": still_open[number], "taken": step}
+            if math.isnan(value):
+                refused.append(entry)
+            else:
+                labelled.append(entry | _paid(probability, value))
+        processes.together(functools.partial(ledger.record, labelled), "the ledger")
+        processes.together(functools.partial(ledger.abstain, refused), "the ledger")
+        found = on_record()
+        never = sum(math.isnan(value) for value in found.values())
+        if enough(len(found) - never, never):
+            processes.together(lambda: ledger.take_up_to(step), "the ledger")
+            return found
+        time.sleep(POLL_S)
+
+
+POLL_S = 0.5  # between two looks at what has been answered, where there is nothing else to do
+
+
+def _name(ledger: Ledger, key: str) -> str:
+    """The name under which a pair is asked about, which no other run uses."""
+    return f"{ledger.run_id}/{key}"
+
+
+def _paid(probability: float, value: float) -> dict[str, Any]:
+    """What the ledger holds of an oracle's answer."""
+    return {"probability": float(probability), "label": float(value), "counted": True}
+
+
+def _label_of(line: Mapping[str, Any] | None) -> float:
+    """The label of a line of the ledger, NaN if there is none."""
+    return float(np.float32(line["label"])) if line and "label" in line else math.nan
 
 
 def _name_failures(judgements: Iterator[Judgement], count: int, ledger: Ledger) -> Iterator[Judgement]:

@@ -25,10 +25,12 @@ class LedgerError(ValueError):
 class Ledger:
     """`queries.jsonl`: what the oracle is asked before it is asked, every label before it is used.
 
-    A question to the oracle is two lines, an "ask" and, once it is answered, a "label", or an "abstention" where the step
-    went on without an answer; a label that the ERM gives is one "label" line with everything in it. A line's `key` names the
-    pair within the run: a pair that was labelled before a crash is found here when the run comes past it again, and one that
-    was only asked is asked again under the same name. Other lines are NOTES.
+    A question to the oracle is two lines, an "ask" and, once it is answered, a "label", or an "abstention" where nobody will
+    answer it; a label that the ERM gives is one "label" line with everything in it. A line's `key` names the pair within the
+    run: a pair that was labelled before a crash is found here when the run comes past it again, and one that was only asked is
+    asked again under the same name. Where an answer may come after the step that asked, a line "open" stands between the two,
+    the last one names in `taken` the step that learns from it, and a line "taken" says that a step takes no more. Other lines
+    are NOTES.
 
     Attributes:
       path: the file.
@@ -49,7 +51,9 @@ class Ledger:
         self.path = path
         self._asks: dict[str, dict[str, Any]] = {}
         self._labelled: dict[str, dict[str, Any]] = {}
-        self._abstained: set[str] = set()
+        self._abstained: dict[str, dict[str, Any]] = {}
+        self._left_open: set[str] = set()
+        self._taken_up_to = -1
         self._unanswered_in_a_row = 0
         self._notes: list[dict[str, Any]] = []
         self._file = _locked(path) if writes else None
@@ -95,8 +99,16 @@ class Ledger:
         return self._labelled.get(key)
 
     def abstained(self, key: str) -> Mapping[str, Any] | None:
-        """Returns what was asked under this key if the step went on without an answer, or None."""
-        return self._asks[key] if key in self._abstained else None
+        """Returns what was asked under this key if nobody will answer it, or None."""
+        return self._abstained.get(key)
+
+    def left_open(self, key: str) -> bool:
+        """Returns whether the step that asked under this key went on before there was an answer."""
+        return key in self._left_open
+
+    def has_taken(self, step: int) -> bool:
+        """Returns whether a step has taken all that it learns from of what steps before left open."""
+        return step <= self._taken_up_to
 
     def ask(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Appends asks and returns when they are on disk (fsync); one whose key is there already is left as it is.
@@ -136,15 +148,33 @@ class Ledger:
         """Appends that asks are not answered and returns when that is on disk (fsync): a resumed run does not ask again.
 
         Args:
+          entries: asks with at least "key" (str), and "taken" where the step that asked left them open.
+
+        Raises:
+          OSError: the disk is full or gone.
+        """
+        new = {entry["key"]: dict(entry) for entry in entries if entry["key"] not in self._abstained}
+        self._append([{"event": "abstention"} | _picked(entry, "key", "taken") for entry in new.values()])
+        for key, entry in new.items():
+            self._pass_over(key, self._asks.get(key, {}) | entry)
+
+    def leave_open(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Appends that a step went on before asks were answered, and returns when that is on disk (fsync).
+
+        Args:
           entries: asks with at least "key" (str).
 
         Raises:
           OSError: the disk is full or gone.
         """
-        new = [entry["key"] for entry in entries if entry["key"] not in self._abstained]
-        self._append([{"event": "abstention", "key": key} for key in new])
-        for key in new:
-            self._pass_over(key)
+        new = [entry["key"] for entry in entries if entry["key"] not in self._left_open]
+        self._append([{"event": "open", "key": key} for key in new])
+        self._left_open |= {*new}
+
+    def take_up_to(self, step: int) -> None:
+        """Appends that a step takes no more of what steps before left open, and returns when that is on disk (fsync)."""
+        self._append([{"event": "taken", "step": step}])
+        self._taken_up_to = step
 
     def note(self, event: str, told: Mapping[str, Any]) -> None:
         """Appends what people should know of the run, unless it is there already: one of NOTES and what is told of it.
@@ -181,6 +211,10 @@ class Ledger:
                     self._notes.append(entry)
                     intact += len(line)
                     continue
+                if entry["event"] == "taken":
+                    self._taken_up_to = max(self._taken_up_to, int(entry["step"]))
+                    intact += len(line)
+                    continue
                 event, key = entry.pop("event"), entry["key"]
                 if event == "ask":
                     self._asks[key] = entry
@@ -192,7 +226,9 @@ class Ledger:
                 elif event == "abstention":
                     if key not in self._asks:
                         raise ValueError("an abstention without what was asked")
-                    self._pass_over(key)
+                    self._pass_over(key, self._asks[key] | entry)
+                elif event == "open":
+                    self._left_open.add(key)
                 else:
                     raise ValueError(f"event {event!r}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -208,8 +244,8 @@ class Ledger:
         if whole["counted"]:
             self._unanswered_in_a_row = 0
 
-    def _pass_over(self, key: str) -> None:
-        self._abstained.add(key)
+    def _pass_over(self, key: str, entry: dict[str, Any]) -> None:
+        self._abstained[key] = entry
         self._unanswered_in_a_row += 1
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -242,6 +278,10 @@ class Ledger:
                 )
             files.write_whole(path, secrets.token_hex(8))
         return path.read_text()
+
+
+def _picked(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: entry[name] for name in names if name in entry}
 
 
 def _locked(path: Path) -> BinaryIO:
