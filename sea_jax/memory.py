@@ -449,7 +449,8 @@ def scoring(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
         with naming(f"{field}.reward_model", taste.reward_model):
             model = reward.check(describe(taste.reward_model))
         params = partition.abstract(hf.abstract(model), taste.dtype)
-        score = jax.jit(functools.partial(reward.apply, config=model, dtype=taste.dtype))
+        header = (0,) if isinstance(model, ModelConfig) and model.gating else ()  # any tokens: they are of no size
+        score = jax.jit(functools.partial(reward.apply, config=model, dtype=taste.dtype, header=header))
         size = (taste.batch_size, taste.max_tokens)
         tokens, valid = run.shape(jnp.int32, *size), run.shape(jnp.bool_, *size)
         lower = functools.partial(score.lower, params, tokens=tokens, valid=valid)

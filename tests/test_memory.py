@@ -18,6 +18,7 @@ from sea_jax.actors import generation
 from sea_jax.config import RunSettings, resolve, unchecked
 from sea_jax.data.prompts import evaluation_batches
 from sea_jax.heldout import heldout_evaluation
+from sea_jax.models.checkpoints import tiny_random
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
 from sea_jax.oracles.ledger import Ledger
@@ -151,6 +152,21 @@ def test_what_is_written_and_read_again_is_what_a_run_writes_and_reads(
     heads = ensemble.init(settings.erm, parts.num_features, key)
     heldout.best_of_n(trained, heads, 0)
     assert calls == compiled
+
+
+def test_objectives_are_counted_in_float32_beside_the_matrices(
+    config: ml_collections.ConfigDict, plan: Callable[[ml_collections.ConfigDict], Planned], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048}
+    tiny_random.write(tmp_path / "gated", "tiny-random-llama-gated", changes=sizes)
+    config.oracle.reward_model, config.oracle.dtype = str(tmp_path / "gated"), "bfloat16"
+    held, lowers = plan(config)
+    # A reward model of two devices: half of embeddings and layers in 2 bytes, norms and all behind them whole in 4.
+    vocabulary, layer = 2 + 3 + 256, 4 * 64 * 64 + 3 * 64 * 64
+    gating = 64 * 24 + 24 + 2 * (24 * 24 + 24) + 24 * 19 + 19 + 1
+    assert held["reward model"] == vocabulary * 64 + 2 * layer + 4 * (5 * 64 + 64 * 19 + 19 * 19 + gating)
+    lowered = lowers["score"]()
+    assert lowered.out_info.shape == (config.oracle.batch_size,)
 
 
 def test_features_that_the_sampler_reads_are_not_read_again(

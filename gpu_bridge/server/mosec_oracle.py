@@ -20,9 +20,17 @@ class Score(Worker):
     def __init__(self) -> None:
         super().__init__()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForSequenceClassification.from_pretrained(
-            os.environ["BRIDGE_MODEL"], dtype=os.environ["BRIDGE_DTYPE"], trust_remote_code=False, use_safetensors=True
+        model, read = AutoModelForSequenceClassification.from_pretrained(
+            os.environ["BRIDGE_MODEL"],
+            dtype=os.environ["BRIDGE_DTYPE"],
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        if read["missing_keys"]:  # which transformers has drawn at random
+            raise ValueError(
+                f"{os.environ['BRIDGE_MODEL']} has no {', '.join(sorted(read['missing_keys']))}: its scores would be random"
+            )
         if model.config.num_labels != 1:
             raise ValueError(
                 f"expected a model with one score, {os.environ['BRIDGE_MODEL']} has {model.config.num_labels}"

@@ -8,6 +8,23 @@ from sea_jax.models import rope
 
 
 @dataclass(frozen=True)
+class Gating:
+    """How a reward model weighs several objectives by the prompt (https://arxiv.org/abs/2406.12845).
+
+    Attributes:
+      num_objectives: that it scores.
+      num_hidden: hidden layers of the network that weighs them.
+      hidden_size: of each.
+      temperature: of the softmax over the objectives.
+    """
+
+    num_objectives: int
+    num_hidden: int
+    hidden_size: int
+    temperature: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder; hashable, so that jit takes it as a static argument.
 
@@ -32,6 +49,7 @@ class ModelConfig:
       attention_bias: whether q, k and v have biases, and o too except in Qwen2.
       mlp_bias: whether the matrices of the MLP have biases.
       scalar_head: whether the last norm is followed by one score (a reward model) rather than by an unembedding.
+      gating: of a reward model whose one score is made of several objectives; None: it is one head's.
       init_std: standard deviation of freshly drawn matrices.
     """
 
@@ -54,6 +72,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     scalar_head: bool = False
+    gating: Gating | None = None
     init_std: float = 0.02
     window: int | None = None
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.nn.initializers import normal
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from sea_jax.models import packing, partition, rope
+from sea_jax.models import objectives, packing, partition, rope
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
 from sea_jax.models.packing import Packing
@@ -59,7 +59,7 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
 
     Returns:
       {"embed": [V, d], "stacks": one dict of [n_i, ...] leaves per stack, "final_norm": {...}} and "score": [d] in a
-      reward model, else "unembed": [V, d] where the embeddings are not tied.
+      reward model, or what `objectives.abstract` has, else "unembed": [V, d] where the embeddings are not tied.
 
     Raises:
       ValueError: cuts that are not ascending or not strictly between 0 and the number of layers.
@@ -90,6 +90,8 @@ def abstract(config: ModelConfig, cuts: Sequence[int] = ()) -> Params:
         "stacks": tuple(stack(high - low) for low, high in _stacks(cuts, config.num_layers)),
         "final_norm": norm(d, bias=layer_norms),
     }
+    if config.gating:
+        return params | objectives.abstract(config.gating, d, weight)
     if config.scalar_head:
         return params | {"score": ParamSpec((d,), ("embed",), weight)}
     return params if config.tie_embeddings else params | {"unembed": table}

@@ -21,12 +21,14 @@ class ParamSpec:
       axes: a logical name for each axis (layers, vocab, embed, heads, kv_heads, mlp), None where none is ever sharded.
       init: (key, shape, dtype) -> the first value.
       dtype: its dtype.
+      wide: it stays in this dtype where the others are cast to that of a computation.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[..., Array]
     dtype: Any = jnp.float32
+    wide: bool = False
 
 
 def norm(*shape: int, bias: bool = True) -> Params:

@@ -141,6 +141,11 @@ def cast(params: Params, dtype: Any) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(jnp.float32 if _in_norm(path) else dtype), params)
 
 
+def _stored_dtype(path: Sequence[Any], described: ParamSpec, dtype: Any) -> Any:
+    """The dtype in which a parameter lies on the devices, for a computation in a dtype."""
+    return described.dtype if described.wide else jnp.float32 if _in_norm(path) else dtype
+
+
 def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
     """Brings parameters from the host onto the devices of the mesh, each device its part.
 
@@ -152,7 +157,7 @@ def put(params: Params, specs: Params, dtype: Any = jnp.float32) -> Params:
     mesh = jax.sharding.get_mesh()
 
     def place(path: Any, x: np.ndarray, described: ParamSpec) -> Array:
-        host = np.asarray(x, jnp.float32 if _in_norm(path) else dtype)
+        host = np.asarray(x, _stored_dtype(path, described, dtype))
         if mesh.empty:
             return jax.device_put(host)
         sharding = NamedSharding(mesh, spec(described.axes, host.shape, mesh.shape))
@@ -173,6 +178,6 @@ def abstract(specs: Params, dtype: Any = jnp.float32) -> Params:
     def describe(path: Any, described: ParamSpec) -> jax.ShapeDtypeStruct:
         shape = described.shape
         sharding = None if mesh.empty else NamedSharding(mesh, spec(described.axes, shape, mesh.shape))
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if _in_norm(path) else dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, _stored_dtype(path, described, dtype), sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(describe, specs)

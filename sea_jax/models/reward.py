@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int
 
-from sea_jax.models import deberta, decoder, partition
+from sea_jax.models import deberta, decoder, objectives, partition
 from sea_jax.models.config import Config, DebertaConfig, ModelConfig
 from sea_jax.models.layers import ACTIVATIONS, linear
 from sea_jax.types import AnyArray, Array, Params
@@ -38,17 +38,20 @@ def apply(
     valid: Bool[AnyArray, "N S"],
     *,
     dtype: Any,
+    header: tuple[int, ...] = (),
 ) -> Float32[Array, " N"]:
     """Scores sequences by what the model says at their last token (https://arxiv.org/abs/2203.02155, section 3.5).
 
-    DeBERTa says it at the first, behind a layer that is made for it.
+    DeBERTa says it at the first, behind a layer that is made for it. One that weighs objectives by the prompt reads this where
+    the header of the last answer begins.
 
     Args:
       params: the reward model's, see `hf.abstract`.
       config: its configuration, with a scalar head.
       tokens: padded as `reads_left_padded` says.
       valid: False on padding.
-      dtype: in which the layers compute; the score is float32.
+      dtype: in which the layers compute; the score is float32, and what is made of several objectives too.
+      header: tokens that stand between a prompt and its answer; only a model with `gating` looks for them.
     """
     tokens, valid = partition.batches((tokens, valid))
     if isinstance(config, DebertaConfig):
@@ -61,4 +64,8 @@ def apply(
     for stack in params["stacks"]:
         streams, _ = decoder.run_stack(stack, config, streams)
     last = decoder.final(params, config, streams.prompt[:, -1])
+    if config.gating:
+        where = objectives.starts(tokens, header)[:, None, None]
+        prompt = decoder.final(params, config, jnp.take_along_axis(streams.prompt, where, axis=1)[:, 0])
+        return partition.whole(objectives.score(params, config.gating, last, prompt))
     return partition.whole(last.astype(jnp.float32) @ params["score"].astype(jnp.float32))

@@ -51,7 +51,7 @@ class PreferenceSettings:
     repetition_penalty: float = setting(
         0.0, "embedding: taken off the similarity, times the share of words that were there before", NOT_NEGATIVE
     )
-    reward_model: str = setting("", "sequence classifier with one label, given as policy.source is")
+    reward_model: str = setting("", "sequence classifier with one label, or ArmoRM; given as policy.source is")
     urls: str = setting("", "remote: servers of reward_model, separated by commas; they share the texts", URLS)
     timeout_s: float = setting(
         600.0, "remote, async def: how long a server or a call may take to answer", POSITIVE, unit="seconds"

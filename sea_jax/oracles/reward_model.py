@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -85,9 +86,10 @@ def reward_model_scores(
     """
     directory = hf.locate(source)
     config, own_tokenizer, encode = read_conversations(directory, max_tokens, now, weights=True)
+    header = answer_header(own_tokenizer) if isinstance(config, ModelConfig) and config.gating else ()
     params = partition.put(hf.load(directory).params, hf.abstract(config), dtype)
     left = reward_models.reads_left_padded(config)
-    score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype))
+    score = jax.jit(partial(reward_models.apply, config=config, dtype=dtype, header=header))
 
     def apply(prompts: Sequence[str], responses: Sequence[str]) -> Float64[np.ndarray, " N"]:
         ids = [encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -157,8 +159,43 @@ def read_conversations(
     own_tokenizer = replace(tokenizer.fitted(tokenizer.load(directory), config.vocab_size), now=now)
     as_pair = isinstance(config, DebertaConfig)
     encode = conversation_encoder(directory, own_tokenizer, max_tokens, as_pair=as_pair)
-    encode("Q", "A")  # a template that takes no conversation says so now
+    ids = encode("Q", "A")  # a template that takes no conversation says so now
+    if isinstance(config, ModelConfig) and config.gating:
+        _check_gated(ids, answer_header(own_tokenizer), here=weights)
     return config, own_tokenizer, encode
+
+
+HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>"  # what Llama 3 puts between a prompt and its answer
+
+
+def answer_header(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens of what stands between a prompt and its answer; a model with gating reads the prompt at the first.
+
+    The published code looks for two line breaks behind them too, which an answer that begins with another would hide.
+
+    Raises:
+      ValueError: the tokenizer does not know them.
+    """
+    if missing := [piece for piece in re.findall(r"<\|\w+\|>", HEADER) if piece not in tokenizer.special_tokens]:
+        raise ValueError(
+            f"the tokenizer in {tokenizer.backend.name_or_path} has no special token {' and no '.join(missing)}: a model that "
+            f"weighs objectives by the prompt reads it at {HEADER}; put its own tokenizer beside it"
+        )
+    return tuple(tokenizer.encode(HEADER, add_special=False))
+
+
+def _check_gated(ids: Sequence[int], header: tuple[int, ...], *, here: bool) -> None:
+    """Refuses a model with gating whose chat template has no header before an answer, or that servers are to run."""
+    if not here:
+        raise ValueError(
+            "it weighs several objectives by the prompt, which no server here can do: set the field's kind to reward_model, "
+            "and it scores in this process"
+        )
+    if header not in zip(*(ids[i:] for i in range(len(header))), strict=False):
+        raise ValueError(
+            f"its chat template does not put {HEADER} before an answer, where its gating network reads the prompt; take the "
+            "template that it was published with"
+        )
 
 
 def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:

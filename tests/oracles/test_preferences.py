@@ -525,6 +525,24 @@ def test_without_a_template_prompt_and_response_are_one_text(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_one_that_weighs_objectives_needs_llamas_headers_and_this_process(tmp_path):
+    how: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "max_tokens": 64}
+    gated = tmp_path / "gated"
+    tiny_random.write(gated, "tiny-random-llama-gated")
+    with pytest.raises(ValueError, match=r"which no server here can do: set the field's kind to reward_model"):
+        remote_reward(lambda inputs: np.zeros(len(inputs)), str(gated), max_tokens=64)
+    (gated / "model.safetensors").unlink()  # all is said before weights are looked for
+    template = (gated / "tokenizer_config.json").read_text()
+    (gated / "tokenizer_config.json").write_text(template.replace("<|eot_id|>", "<|end|>"))
+    with pytest.raises(ValueError, match=r"its chat template does not put <\|eot_id\|><\|start_header_id\|>assistant"):
+        reward_model_scores(str(gated), **how)
+    tiny_random.write(tmp_path / "plain", "tiny-random-llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (gated / name).write_bytes((tmp_path / "plain" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"no special token <\|eot_id\|> and no <\|start_header_id\|> and no"):
+        reward_model_scores(str(gated), **how)
+
+
 def test_what_is_no_reward_model_is_refused(directory, tmp_path):
     how: dict[str, Any] = {"dtype": "float32", "batch_size": 2, "max_tokens": 64}
     with pytest.raises(ValueError, match=r"expected a reward model.*found an encoder"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sea_jax.models import rope
-from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
+from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, Gating, ModelConfig
 from sea_jax.models.layers import ACTIVATIONS
 
 
@@ -78,9 +78,17 @@ def to_hf(config: Config) -> dict[str, Any]:
     if config.rope_fraction != 1.0 or config.family == "gpt_neox":
         parameters["partial_rotary_factor"] = config.rope_fraction
     common |= {"rope_parameters": parameters, "tie_word_embeddings": config.tie_embeddings}
-    common["architectures"] = [_CLASSES[config.family] + (_SCORE if config.scalar_head else "ForCausalLM")]
+    head = _GATED if config.gating else _SCORE if config.scalar_head else "ForCausalLM"
+    common["architectures"] = [_CLASSES[config.family] + head]
     if config.scalar_head:
         common |= _ONE_LABEL
+    if config.gating:
+        common |= {
+            "num_objectives": config.gating.num_objectives,
+            "gating_n_hidden": config.gating.num_hidden,
+            "gating_hidden_dim": config.gating.hidden_size,
+            "gating_temperature": config.gating.temperature,
+        }
     # Readers of the older style take rope_scaling alone where both stand, so it repeats everything.
     if scaling:
         common["rope_scaling"] = parameters
@@ -160,6 +168,7 @@ _CLASSES: Mapping[str, str] = {
     "gpt_neox": "GPTNeoX",
 }
 _SCORE = "ForSequenceClassification"
+_GATED = "ForRewardModelWithGating"  # https://huggingface.co/RLHFlow/ArmoRM-Llama3-8B-v0.1
 
 
 def _scalar_head(config: Mapping[str, Any], family: str) -> bool:
@@ -173,6 +182,36 @@ def _scalar_head(config: Mapping[str, Any], family: str) -> bool:
             "id2label, or two without them); a reward model of one label is supported"
         )
     return True
+
+
+def _gating(config: Mapping[str, Any], family: str) -> Gating | None:
+    """How a reward model weighs its objectives, by the prompt as ArmoRM does; None: it has but one.
+
+    Raises:
+      ValueError: it makes one score of several in another way.
+    """
+    names = [str(name) for name in _field(config, "architectures", list, [])]
+    several = [name for name in ("num_objectives", "num_quantiles") if config.get(name) is not None]
+    if f"Llama{_GATED}" in names and family == "llama" and "num_quantiles" not in several:
+        num_hidden, temperature = (
+            _field(config, "gating_n_hidden", int, 3),
+            _field(config, "gating_temperature", float, 10.0),
+        )
+        if num_hidden < 0 or not 0 < temperature < math.inf:
+            raise ValueError(
+                f"config.json fields 'gating_n_hidden' and 'gating_temperature' are {num_hidden} and {temperature}; they must "
+                "be at least 0, and above 0 and finite"
+            )
+        return Gating(
+            _size(config, "num_objectives", 19), num_hidden, _size(config, "gating_hidden_dim", 1024), temperature
+        )
+    if several or any("RewardModel" in name for name in names):
+        told = "".join(f" and {name!r} {config[name]}" for name in several)
+        raise ValueError(
+            f"config.json names a reward model in a form of its own, 'architectures' {names}{told}; supported are "
+            f"{_CLASSES[family]}{_SCORE} with one label, and Llama{_GATED} (ArmoRM)"
+        )
+    return None
 
 
 def _num_labels(config: Mapping[str, Any]) -> int:
@@ -212,6 +251,7 @@ def _window(config: Mapping[str, Any], family: str, num_layers: int, max_positio
 def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2", "qwen3"]) -> ModelConfig:
     """Llama 1 to 3.x, SmolLM, Mistral, Qwen2, Qwen2.5 and dense Qwen3, with the defaults of their classes."""
     config = {**_DEFAULTS[family], **config}
+    gating = _gating(config, family)
     d_model, num_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     num_kv_heads = _size(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -247,7 +287,8 @@ def _llama(config: Mapping[str, Any], family: Literal["llama", "mistral", "qwen2
         tie_embeddings=_field(config, "tie_word_embeddings", bool, False),
         attention_bias=attention_bias,
         mlp_bias=family == "llama" and _field(config, "mlp_bias", bool, False),
-        scalar_head=_scalar_head(config, family),
+        scalar_head=gating is not None or _scalar_head(config, family),
+        gating=gating,
         init_std=_field(config, "initializer_range", float, 0.02),
         window=_window(config, family, num_layers, max_positions),
     )

@@ -334,7 +334,8 @@ def _places(params: Params, first: int = 0) -> dict[Place, np.ndarray]:
 
 def _named(config: Config, places: Mapping[Place, Any]) -> dict[str, tuple[Place, ...]]:
     """The tensors that hold the parameters, each with the places of what it holds."""
-    whole = layouts.layout(config.family, config.num_layers)
+    gating = config.gating if isinstance(config, ModelConfig) else None
+    whole = layouts.layout(config.family, config.num_layers, gating.num_hidden + 1 if gating else 0)
     return {name: holds for name, holds in whole.items() if all(place in places for place in holds)}
 
 

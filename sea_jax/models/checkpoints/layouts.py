@@ -33,6 +33,9 @@ _LLAMA = Names(
         "model.norm.weight": ("final_norm/scale",),
         "lm_head.weight": ("unembed",),
         "score.weight": ("score",),
+        "regression_layer.weight": ("objectives/kernel",),
+        "reward_transform_matrix": ("transform",),
+        "gating.logit_scale": ("gating/scale",),
     },
     layer_prefix="model.layers.",
     layer={
@@ -191,8 +194,13 @@ def canonical(family: str, tensor: str) -> str:
     return tensor
 
 
-def layout(family: str, num_layers: int) -> dict[str, tuple[tuple[int | None, str], ...]]:
+def layout(family: str, num_layers: int, num_gating_layers: int = 0) -> dict[str, tuple[tuple[int | None, str], ...]]:
     """Every tensor that a checkpoint of a family, a key of FAMILIES, may hold, with the parameters in it.
+
+    Args:
+      family: a key of FAMILIES.
+      num_layers: of the model.
+      num_gating_layers: of the network that weighs a reward model's objectives.
 
     Returns:
       Tensor name -> (layer number, or None outside the layers; path of the parameter) for each parameter it holds.
@@ -204,4 +212,7 @@ def layout(family: str, num_layers: int) -> dict[str, tuple[tuple[int | None, st
     for layer in range(num_layers):
         for tensor, paths in names.layer.items():
             whole[f"{names.layer_prefix}{layer}.{tensor}"] = tuple((layer, path) for path in paths)
+    for layer in range(num_gating_layers):
+        for tensor, path in (("weight", "kernel"), ("bias", "bias")):
+            whole[f"gating.layers.{layer}.{tensor}"] = ((None, f"gating/{layer}/{path}"),)
     return whole

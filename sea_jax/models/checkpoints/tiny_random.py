@@ -14,10 +14,17 @@ from sea_jax.models.parameters import initialise
 
 SPECIAL = ("<|end|>", "<|start|>")
 PREFIXES = ("<|source|>", "<|candidate|>")  # of a pair ranker, behind the ones above
+HEADERS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")  # of Llama 3's conversations, likewise
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+LLAMA3_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
 CONFIGS = {
@@ -54,6 +61,22 @@ CONFIGS = {
         "max_position_embeddings": 1024,
         "initializer_range": 0.3,
     },
+    "tiny-random-llama-gated": {
+        "model_type": "llama",
+        "architectures": ["LlamaForRewardModelWithGating"],
+        "num_labels": 1,
+        "num_objectives": 19,
+        "gating_n_hidden": 3,
+        "gating_hidden_dim": 24,
+        "gating_temperature": 10,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.3,
+    },
     "tiny-random-deberta": {
         "model_type": "deberta-v2",
         "hidden_size": 32,
@@ -82,7 +105,8 @@ def write(directory: Path, name: str, seed: int = 0, changes: Mapping[str, Any] 
       changes: fields of config.json that differ from CONFIGS.
     """
     ranks_pairs = CONFIGS[name]["model_type"] == "deberta-v2"
-    tokens = (*SPECIAL, *PREFIXES) if ranks_pairs else SPECIAL
+    is_gated = "num_objectives" in CONFIGS[name]
+    tokens = (*SPECIAL, *(PREFIXES if ranks_pairs else HEADERS if is_gated else ()))
     pieces = [*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -111,7 +135,7 @@ def write(directory: Path, name: str, seed: int = 0, changes: Mapping[str, Any] 
         },
     }
     if "architectures" in CONFIGS[name]:  # reward models read conversations
-        files["tokenizer_config.json"]["chat_template"] = CHAT_TEMPLATE
+        files["tokenizer_config.json"]["chat_template"] = LLAMA3_CHAT_TEMPLATE if is_gated else CHAT_TEMPLATE
     if ranks_pairs:  # and end every text
         around = [{"SpecialToken": {"id": token, "type_id": 0}} for token in SPECIAL]
         files["tokenizer.json"]["post_processor"] = {

@@ -15,7 +15,7 @@ from gpu_bridge import protocol
 from gpu_bridge.protocol import GenerateAnswer, Health, ScoreAnswer, ScoreRequest
 from sea_jax.actors import generation
 from sea_jax.models import reward, tokenizer
-from sea_jax.models.checkpoints import hf
+from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.types import Candidates, Prompts
 from tests.support import tiny
 from tests.support.engines import EOS, PROMPTS, PYTHON, RNG, SHARED, Refused, is_ready, kill_engine, running, wait_until
@@ -145,6 +145,16 @@ def test_scores_are_those_of_the_reward_model_in_jax(oracle):
     )
     assert answer.version == protocol.INITIAL
     np.testing.assert_allclose(answer.scores, expected, atol=1e-3)
+
+
+def test_a_model_without_the_score_is_not_served_with_one_at_random(directories):
+    gated = directories["tiny-random-llama"].with_name("gated")
+    tiny_random.write(gated, "tiny-random-llama-gated")
+    with (
+        pytest.raises(AssertionError, match=r"has no score.weight: its scores would be random"),
+        running("oracle", gated, "--backend=mosec"),
+    ):
+        pass
 
 
 def test_smollm2_writes_what_it_does_in_jax(tmp_path):

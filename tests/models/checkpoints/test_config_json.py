@@ -7,7 +7,7 @@ import pytest
 
 from sea_jax.models import rope
 from sea_jax.models.checkpoints import config_json as configs
-from sea_jax.models.config import ModelConfig
+from sea_jax.models.config import Gating, ModelConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -81,6 +81,21 @@ def test_a_scalar_head_is_known_by_the_architecture(fields: dict[str, Any], scal
     config = configs.from_hf(LLAMA | fields)
     assert isinstance(config, ModelConfig)
     assert config.scalar_head == scalar
+
+
+GATED = LLAMA | {"architectures": ["LlamaForRewardModelWithGating"]}
+
+
+def test_a_model_that_weighs_objectives_by_the_prompt() -> None:
+    config = configs.from_hf(GATED)
+    assert isinstance(config, ModelConfig)
+    assert config.scalar_head
+    assert config.gating == Gating(num_objectives=19, num_hidden=3, hidden_size=1024, temperature=10.0)
+    told = {"num_objectives": 5, "gating_n_hidden": 0, "gating_hidden_dim": 7, "gating_temperature": 3}
+    other = configs.from_hf(GATED | told)
+    assert isinstance(other, ModelConfig)
+    assert other.gating == Gating(num_objectives=5, num_hidden=0, hidden_size=7, temperature=3.0)
+    assert configs.from_hf(configs.to_hf(other)) == other
 
 
 def test_rope_of_the_older_and_the_newer_style_agree() -> None:
@@ -160,6 +175,17 @@ def test_configs_are_hashable() -> None:
         ),
         (BERT | {"position_embedding_type": "relative_key"}, "'position_embedding_type' is 'relative_key'"),
         (BERT | {"is_decoder": True}, "'is_decoder' is True"),
+        (
+            GATED | {"num_quantiles": 19},
+            "'num_quantiles' 19; supported are LlamaForSequenceClassification with one label, and",
+        ),
+        (QWEN2 | {"architectures": ["LlamaForRewardModelWithGating"]}, "a reward model in a form of its own"),
+        (
+            LLAMA | {"architectures": ["LlamaForSequenceClassification"], "num_objectives": 5},
+            "'num_objectives' 5; supported",
+        ),
+        (LLAMA | {"architectures": ["LlamaRewardModel"]}, r"'architectures' \['LlamaRewardModel'\]; supported are"),
+        (GATED | {"gating_temperature": 0}, "'gating_temperature' are 3 and 0.0"),
     ],
 )
 def test_what_is_not_supported_is_named(fields: dict[str, Any], message: str) -> None:

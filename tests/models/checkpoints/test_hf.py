@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sea_jax.models import decoder
 from sea_jax.models.checkpoints import builtin, hf, layouts, safetensors
 from sea_jax.models.checkpoints import config_json as configs
+from sea_jax.models.config import Gating
 from tests.support import tiny
 
 CONFIG = replace(tiny.CONFIG, attention_bias=True)
@@ -394,10 +395,12 @@ def test_layouts_and_abstract_trees_name_the_same_parameters() -> None:
     neox = replace(config, family="gpt_neox", num_kv_heads=4)
     # Every name is that of a parameter in one of the models that share the layout.
     qwen3 = replace(config, family="qwen3", scalar_head=True)
-    for shared in ([config, qwen3], [neox, replace(neox, scalar_head=True)]):
+    gated = replace(config, scalar_head=True, gating=Gating(5, num_hidden=1, hidden_size=4, temperature=1.0))
+    for shared in ([config, qwen3, gated], [neox, replace(neox, scalar_head=True)]):
         places = [set(hf._places(tiny.draw(decoder.abstract(one), seed=0))) for one in shared]
-        held = {place for holds in layouts.layout(shared[0].family, 3).values() for place in holds}
-        assert held == places[0] | places[1]
+        layout = layouts.layout(shared[0].family, 3, 2 if gated in shared else 0)
+        held = {place for holds in layout.values() for place in holds}
+        assert held == set().union(*places)
 
 
 def test_a_reward_model_has_a_score_and_no_unembedding(tmp_path: Path) -> None:
