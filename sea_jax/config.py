@@ -25,6 +25,7 @@ from sea_jax.models.checkpoints.hf import EXPORTED
 from sea_jax.oracles.oracle import OracleSettings, PreferenceSettings, own_scale
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
+from sea_jax.runtime.cache import PREFIX
 from sea_jax.runtime.checkpoint import CheckpointSettings
 from sea_jax.runtime.metrics import MetricsSettings
 from sea_jax.settings import AT_LEAST_1, GIVEN, Check, one_of, section, setting
@@ -320,10 +321,15 @@ MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retri
     ),
     *("eval.oracle", "eval.likelihood_prompts"),  # what is measured besides changes nothing that is learnt
 }
+MAY_DIFFER |= {
+    f"{taste}.judge.{name}"
+    for taste in ("oracle", "eval.judge")
+    for name in ("url", "key_environment", "max_cost", "input_price", "output_price", "cache")
+}
 MAY_GROW = {"max_queries"}
 
 # Where things lie that decide a run's numbers; a run goes on with others if what lies there is the same.
-MODEL_PLACES = ("policy.source", "erm.trunk", "oracle.reward_model", "oracle.encoder")
+MODEL_PLACES = ("policy.source", "erm.trunk", "oracle.reward_model", "oracle.encoder", "oracle.judge.template")
 DATA_PLACES = ("data.path", "data.heldout_path", "data.directory")
 
 
@@ -337,7 +343,14 @@ def located(run: RunSettings) -> RunSettings:
         return whole(source) if source and Path(source).expanduser().exists() else source
 
     def of_taste(taste: Taste) -> Taste:
-        return replace(taste, encoder=if_there(taste.encoder), reward_model=if_there(taste.reward_model))
+        asked = taste.judge
+        in_cache = asked.cache.startswith(PREFIX)
+        return replace(
+            taste,
+            encoder=if_there(taste.encoder),
+            reward_model=if_there(taste.reward_model),
+            judge=replace(asked, template=whole(asked.template), cache=asked.cache if in_cache else whole(asked.cache)),
+        )
 
     is_file = run.data.source in FILES
     data = replace(

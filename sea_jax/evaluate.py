@@ -118,7 +118,7 @@ def evaluate_on(
       export_dtype: of the weights there.
     """
     # --------------------------------------------------------------------------------------------------------- What is there
-    parts = wiring.parts(config, mesh, training=False, began=beginning(workdir))
+    parts = wiring.parts(config, mesh, training=False, began=beginning(workdir), workdir=workdir)
     check_fingerprint(parts.policy, workdir)
     check_prompts(workdir, fingerprint((), parts.heldout_prompts, parts.policy.tokenizer), training=False)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)

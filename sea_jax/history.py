@@ -11,6 +11,7 @@ import numpy as np
 
 from sea_jax import config as configuration
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
+from sea_jax.oracles.paid_answers import Spent, read_spent
 from sea_jax.runtime.files import read_lines
 from sea_jax.statistics import Interval, at_equal_length, over_seeds
 
@@ -57,6 +58,7 @@ class Run:
     paid_labels: int
     erm_labels: int
     evaluation_answers: Mapping[str, int]  # who was asked by evaluations -> pairs answered
+    spent: Mapping[str, Spent]  # on chat models as judges, by the settings that name them
 
     @property
     def label(self) -> str:
@@ -125,7 +127,7 @@ def read_run(workdir: Path) -> Run:
         _require(path, lines, ("labeller",))
         answers.update(line["labeller"] for line in lines)
     metrics = _free_of_length(metrics, samples)
-    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels, answers)
+    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels, answers, read_spent(workdir))
 
 
 def _free_of_length(metrics: Sequence[Line], samples: Sequence[Line]) -> list[Line]:

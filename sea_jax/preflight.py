@@ -11,9 +11,10 @@ from sea_jax.models import reward
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.config import Config, DebertaConfig, ModelConfig
 from sea_jax.models.mesh import check_divides
+from sea_jax.oracles import judge
 from sea_jax.oracles.oracle import PreferenceSettings
 from sea_jax.oracles.reward_model import read_conversations
-from sea_jax.runtime import cache
+from sea_jax.runtime import cache, processes
 from sea_jax.settings import naming
 
 
@@ -109,6 +110,16 @@ def check_reward_model(settings: PreferenceSettings, field: str) -> None:
             here = settings.kind == "reward_model"
             directory = hf.locate(settings.reward_model, weights=here)
             read_conversations(directory, settings.max_tokens, weights=here)
+
+
+def check_judge(settings: PreferenceSettings, field: str) -> None:
+    """Refuses a chat model as a judge whose template or key is not there, in the process that will ask it.
+
+    Raises:
+      ValueError: which of them, by the name of the field.
+    """
+    if settings.kind == "judge":
+        processes.by_first(lambda: judge.check(settings.judge, f"{field}.judge"), None, "the judge")
 
 
 def check_mesh(

@@ -7,6 +7,7 @@ Read are
 - queries.jsonl: a line per label, of which "counted" says whether it was paid for (else the ERM gave it), and lines whose
   "event" is "ask", which say what the oracle was asked;
 - evaluations.jsonl, evaluations-alone.jsonl: the same of what evaluations asked, where there are such files;
+- judge.sqlite: what chat models as oracle or judge were asked, and what that cost, where there is one;
 - samples.jsonl: a line per held-out prompt and evaluation, with "initial_reward" and "reward", or "win_probability" and
   "judge_win_probability", or none of them, as oracle and judge can tell.
 
@@ -278,6 +279,25 @@ def _example_section(run: history.Run) -> str:
     return "\n\n".join(parts)
 
 
+def _spent_table(run: history.Run) -> str:
+    """What chat models were asked, and what that cost."""
+    rows = [
+        [
+            f"`{judge}`",
+            *(f"{count:,}" for count in (spent.calls, spent.failed_calls, spent.unusable_answers)),
+            *(f"{count:,}" for count in (spent.input_tokens, spent.output_tokens)),
+            f"{spent.cost:.6g}",
+        ]
+        for judge, spent in run.spent.items()
+    ]
+    header = ["chat model", "calls", "failed", "unusable answers", "input tokens", "output tokens", "cost"]
+    told = (
+        "Calls of evaluations included. The cost is at the prices that were set; a call that broke off counts with the most "
+        "that it can have cost."
+    )
+    return f"{_table(header, rows)}\n\n{told}"
+
+
 def _file_section(workdir: Path) -> str:
     def size_bytes(path: Path) -> int:
         files = path.rglob("*") if path.is_dir() else [path]
@@ -320,6 +340,8 @@ def write(workdir: Path, output: Path | None = None) -> Path:
         ["labelled by", "pairs"],
         [["oracle (counted)", f"{run.paid_labels:,}"], ["ERM", f"{run.erm_labels:,}"], *asked],
     )
+    if run.spent:
+        labels += f"\n\n{_spent_table(run)}"
     sections = (
         ("Evaluations", _evaluation_section(run)),
         ("Time by stage", _timing_section(run)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 Check = tuple[Callable[[Any], bool], str]
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object, or nothing."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
+
 
 ANY: Check = (lambda v: True, "")
 POSITIVE: Check = (lambda v: 0 < v < math.inf, "a finite number above 0")
@@ -18,6 +28,7 @@ FRACTION: Check = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
 BELOW_1: Check = (lambda v: 0 <= v < 1, "a number from 0 to below 1")
 GIVEN: Check = (lambda v: bool(v), "a non-empty text")
 DTYPE: Check = (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16")
+JSON_OBJECT: Check = (_is_object, "a JSON object")
 URLS: Check = (
     lambda v: all(is_http(url) for url in addresses(v)),
     "http:// or https:// URLs with a host and without a path, separated by commas",
@@ -111,12 +122,21 @@ def is_http(url: str) -> bool:
     Args:
       url: any text.
     """
+    return is_http_path(url) and not urllib.parse.urlsplit(url).path
+
+
+def is_http_path(url: str) -> bool:
+    """Returns whether a text is the URL of an HTTP server and perhaps a path there, without anything else.
+
+    Args:
+      url: any text.
+    """
     try:
         parts = urllib.parse.urlsplit(url)
         _ = parts.port  # raises where it is no number
     except ValueError:
         return False
-    plain = not (parts.path or parts.query or parts.fragment or parts.username)
+    plain = not (parts.query or parts.fragment or parts.username)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
 
 

@@ -103,7 +103,7 @@ def train_on(
 
     # ------------------------------------------------------------------------------- Policy, prompts, oracle, learner and ERM
     began = beginning(workdir)
-    parts = wiring.parts(config, mesh, began=began)
+    parts = wiring.parts(config, mesh, began=began, workdir=workdir)
     policy = parts.policy
     total_steps = policy_steps(config)
     learner_config = learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype)
@@ -223,7 +223,7 @@ def train_on(
         ):
             evaluation_s = 0.0
             if state.step == 0:
-                row = counters(state) | evaluated(state, writer)
+                row = counters(state) | evaluated(state, writer) | parts.spent()
                 writer.write(0, row)
                 save(state, row)
                 evaluation_s = row["eval/elapsed_time"]
@@ -245,6 +245,7 @@ def train_on(
                     measured.append({"step": state.step, **row})
                     warn_if_exploited(measured)
                     evaluation_due, save_due = False, True
+                row |= parts.spent()
                 writer.write(state.step, row)
                 evaluation_s = row.get("eval/elapsed_time", evaluation_s)
                 progress.update(

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from sea_jax.open_pairs import OpenPairs, empty_open_pairs
 from sea_jax.oracles import oracle
 from sea_jax.policy import Policy, load_weights, read_files
 from sea_jax.policy_logprobs import under_policy
-from sea_jax.preflight import check_length, check_mesh, check_reward_model, read_sources
+from sea_jax.preflight import check_judge, check_length, check_mesh, check_reward_model, read_sources
 from sea_jax.replay import empty_replay
+from sea_jax.runtime import processes
 from sea_jax.settings import user_function
 from sea_jax.types import Array, Generate, LateOracle, Oracle, PolicyServers, Preference, Prompts
 
@@ -84,6 +85,16 @@ class Parts:
     servers: PolicyServers | None
     weights_dtype: str
 
+    def spent(self) -> dict[str, float]:
+        """Returns what chat models as oracle and judge were asked so far and what that cost, in the first process."""
+        asked = {"oracle": self.preference, "judge": self.judge} if processes.is_first() else {}
+        return {
+            f"{who}/{name}": value
+            for who, taste in asked.items()
+            if (spent := getattr(taste, "spent", None))
+            for name, value in asdict(spent()).items()
+        }
+
     def padding(self, bucket: int) -> dict[str, int]:
         """Returns how batches of prompts are padded."""
         return {"pad_id": self.policy.tokenizer.pad_id, "bucket": bucket}
@@ -105,7 +116,13 @@ class Parts:
         return ending(write, self.policy.tokenizer, self.stop)
 
 
-def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetime | None = None) -> Parts:
+def parts(
+    config: RunSettings,
+    mesh: Mesh,
+    training: bool = True,
+    began: datetime | None = None,
+    workdir: Path | None = None,
+) -> Parts:
     """Loads what a run works with.
 
     Args:
@@ -113,10 +130,13 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
       mesh: the one that is set.
       training: False: no policy step will be taken.
       began: when the run did, which is what chat templates are told where they ask for the time; None: now.
+      workdir: where a judge's answers are kept; None: nowhere.
 
     Raises:
       ValueError: a field or file does not fit.
     """
+    for field, some in (("oracle", config.oracle), ("eval.judge", config.eval.judge)):
+        check_judge(some, field)
     records = read_sources(config)
     found = read_files(config.policy.source)
     found = replace(found, tokenizer=replace(found.tokenizer, now=began))
@@ -135,7 +155,13 @@ def parts(config: RunSettings, mesh: Mesh, training: bool = True, began: datetim
     references = {
         record["prompt"]: text for some in records for record in some if (text := record["reference"].strip())
     }
-    taste = functools.partial(oracle.preference, token_file=config.bridge_token_file, now=began, references=references)
+    taste = functools.partial(
+        oracle.preference,
+        token_file=config.bridge_token_file,
+        now=began,
+        references=references,
+        workdir=workdir,
+    )
     return Parts(
         policy=loaded,
         train_prompts=train_prompts,

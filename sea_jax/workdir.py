@@ -14,6 +14,7 @@ from sea_jax import config as configuration
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import Fingerprint, other_heldout, other_training, otherwise_read
 from sea_jax.models.checkpoints import hf
+from sea_jax.oracles import judge
 from sea_jax.oracles.ledger import Ledger
 from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
@@ -125,6 +126,8 @@ def model_fingerprints(settings: RunSettings) -> dict[str, str]:
     if settings.oracle.kind in ("reward_model", "remote"):
         served = settings.oracle.kind == "remote"
         found["oracle.reward_model"] = hf.fingerprint(settings.oracle.reward_model, weights=not served)
+    if settings.oracle.kind == "judge" and settings.oracle.judge.template:
+        found["oracle.judge.template"] = judge.template_fingerprint(settings.oracle.judge, "oracle.judge")
     return found
 
 
@@ -144,12 +147,17 @@ def check_models(workdir: Path, settings: RunSettings, found: Mapping[str, str],
         return
     moved = configuration.changes(settings, configuration.located(saved_settings(workdir)))
     others = _others(workdir, found)
-    if faults := [name for name in moved if name in others and name not in allowed]:
+    told = [
+        f"config.{name}: what lies in {moved[name][1]} is not what lay in {moved[name][0]}"
+        for name in moved
+        if name in others and name not in allowed
+    ]
+    if (name := "oracle.judge.template") in {*others} - {*moved} - {*allowed}:  # which people edit where it lies
+        told.append(f"config.{name}: {settings.oracle.judge.template} is not what it was")
+    if told:
         raise ValueError(
             f"--workdir={workdir} began with other models; put them back, or start anew with another --workdir:\n"
-            + "\n".join(
-                f"config.{name}: what lies in {moved[name][1]} is not what lay in {moved[name][0]}" for name in faults
-            )
+            + "\n".join(told)
         )
 
 

@@ -153,7 +153,15 @@ REFUSED = [
     ("learner.clip_norm", 0.0, "above 0"),
     ("learner.anchor_decay", 1.0, "from 0 to below 1"),
     ("learner.microbatch_size", 0, "1 or more"),
-    ("oracle.kind", "human", "one of embedding, reward_model, remote, or my_module:my_function"),
+    ("oracle.kind", "human", "one of embedding, reward_model, remote, judge, or my_module:my_function"),
+    ("oracle.judge.url", "api.openai.com/v1", "http:// or https:// URL"),
+    ("oracle.judge.samples", -1, "0 or more"),
+    ("oracle.judge.temperature", 2.5, "from 0 to 2"),
+    ("oracle.judge.answer_tokens", 0, "1 or more"),
+    ("oracle.judge.arguments", "[]", "a JSON object"),
+    ("oracle.judge.max_cost", -1.0, "0 or more"),
+    ("oracle.judge.input_price", -1.0, "0 or more"),
+    ("oracle.judge.output_price", -1.0, "0 or more"),
     ("oracle.scale", -1.0, "0 or more"),
     ("oracle.label", "hard", "one of deterministic, bradley_terry, soft"),
     ("oracle.flip_probability", 1.1, "from 0 to 1"),
@@ -161,7 +169,7 @@ REFUSED = [
     ("oracle.reference_weight", 1.1, "from 0 to 1"),
     ("oracle.repetition_penalty", -0.1, "0 or more"),
     ("eval.likelihood_prompts", -1, "0 or more"),
-    ("eval.judge.kind", "human", "empty, one of embedding, reward_model, remote, or my_module:my_function"),
+    ("eval.judge.kind", "human", "empty, one of embedding, reward_model, remote, judge, or my_module:my_function"),
     ("eval.every_queries", 0, "1 or more"),
     ("eval.num_prompts", 0, "1 or more"),
     ("eval.batch_size", 0, "1 or more"),
@@ -205,6 +213,11 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything |= {"erm.standardise", "eval.best_of_n_always"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
     anything |= {"eval.oracle", "eval.judge.encoder", "eval.judge.reward_model"}
+    anything |= {
+        f"{taste}.judge.{name}"
+        for taste in ("oracle", "eval.judge")
+        for name in ("model", "key_environment", "template", "both_orders", "cache")
+    }
     everything = [*settings.walk(RunSettings()), *settings.walk(SftSettings())]
     ranged = {name for name, field, _ in everything if field.metadata["must"] is not settings.ANY}
     assert {name for name, _, _ in everything} - ranged == anything

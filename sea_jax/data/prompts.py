@@ -17,7 +17,7 @@ from sea_jax.data.conversations import Conversation, messages_of
 from sea_jax.data.near_duplicates import exact_repeats, near_repeats
 from sea_jax.data.records import Columns, Record, check_characters, digest
 from sea_jax.models.tokenizer import Tokenizer
-from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, NOT_NEGATIVE, naming, one_of, setting
+from sea_jax.settings import AT_LEAST_1, FRACTION, GIVEN, JSON_OBJECT, NOT_NEGATIVE, naming, one_of, setting
 
 # The sources that are files.
 FILES = ("jsonl", "csv", "parquet")
@@ -39,14 +39,6 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 }
 
 CHARACTERS_SHOWN = 80  # of a prompt in a message
-
-
-def _is_object(text: str) -> bool:
-    """Whether a text is a JSON object, or nothing."""
-    try:
-        return isinstance(json.loads(text or "{}"), dict)
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class DataSettings:
     chat_arguments: str = setting(
         "",
         'further arguments of the chat template, a JSON object such as {"enable_thinking": false}; "": none',
-        (_is_object, "a JSON object"),
+        JSON_OBJECT,
     )
     special_tokens: str = setting(
         "text",
@@ -142,7 +134,7 @@ class DataSettings:
                 f"config.data.rejected_field={self.rejected_field!r}: data.reference_field must name the field of the "
                 "response that was chosen"
             )
-        if self.chat_arguments and _is_object(self.chat_arguments) and not self.chat:
+        if self.chat_arguments and JSON_OBJECT[0](self.chat_arguments) and not self.chat:
             yield (
                 f"config.data.chat_arguments={self.chat_arguments!r}: only a chat template takes them; set "
                 "config.data.chat=True"

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
-from sea_jax.oracles import preferences, user_preference
+from sea_jax.oracles import judge, preferences, user_preference
 from sea_jax.oracles.embedding import AGAINST, embedding_similarity, less_repetition
+from sea_jax.oracles.judge import ChatJudgeSettings
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.runtime import processes
 from sea_jax.settings import (
@@ -23,15 +25,20 @@ from sea_jax.settings import (
     naming,
     one_of,
     one_of_or_user,
+    section,
     setting,
     user_function,
 )
 from sea_jax.types import Oracle, Preference
 
-KINDS = ("embedding", "reward_model", "remote")
+BY_REWARD = ("embedding", "reward_model", "remote")
+KINDS = (*BY_REWARD, "judge")
 KIND: Check = one_of_or_user(KINDS)
 KIND_OR_NONE: Check = (lambda v: v == "" or KIND[0](v), f"empty, {KIND[1]}")
-KINDS_TOLD = '"embedding" similarity, a "reward_model" in this process, "remote" (servers), or my_module:my_preference'
+KINDS_TOLD = (
+    '"embedding" similarity, a "reward_model" in this process, "remote" (servers), a chat model as "judge", or '
+    "my_module:my_preference"
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,16 @@ class PreferenceSettings:
     reward_model: str = setting("", "sequence classifier with one label, or ArmoRM; given as policy.source is")
     urls: str = setting("", "remote: servers of reward_model, separated by commas; they share the texts", URLS)
     timeout_s: float = setting(
-        600.0, "remote, async def: how long a server or a call may take to answer", POSITIVE, unit="seconds"
+        600.0, "remote, judge, async def: how long a server or a call may take to answer", POSITIVE, unit="seconds"
     )
     retries: int = setting(
         8,
-        "remote: as actor.retries; my_preference: calls after one that failed; the waits double, up to a minute each",
+        "remote: as actor.retries; judge, my_preference: calls after one that failed; the waits double, up to a minute each",
         NOT_NEGATIVE,
     )
-    concurrency: int = setting(16, "my_preference, if it is async def: calls at once, of one pair each", AT_LEAST_1)
+    concurrency: int = setting(
+        16, "judge; my_preference, if it is async def: calls at once, of one pair each", AT_LEAST_1
+    )
     max_abstentions: int = setting(
         64, "pairs in a row without an answer after which the run stops; 0: never", NOT_NEGATIVE, unit="pairs"
     )
@@ -81,6 +90,7 @@ class PreferenceSettings:
         "10 for the similarity, a cosine",
         (lambda v: 0 <= v < math.inf, "a finite number of 0 or more"),
     )
+    judge: ChatJudgeSettings = section(ChatJudgeSettings)
 
     @property
     def reads_references(self) -> bool:
@@ -97,6 +107,8 @@ class PreferenceSettings:
             yield f"config.{field}.reward_model='': {field}.kind={self.kind} needs a directory or hub name"
         if self.kind == "remote" and not self.urls:
             yield f"config.{field}.urls='': {field}.kind=remote needs the URL of a server, or several separated by commas"
+        if self.kind == "judge":
+            yield from self.judge.faults_of(f"{field}.judge")
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,7 @@ def preference(
     *,
     field: str = "oracle",
     references: Mapping[str, str] | None = None,
+    workdir: Path | None = None,
 ) -> Preference:
     """Returns the taste behind an oracle or a judge, free of noise.
 
@@ -143,6 +156,7 @@ def preference(
       now: the time that a reward model's chat template is told; None: that of the clock.
       field: where the settings stand, for errors.
       references: prompt -> the human response, for a taste that reads it.
+      workdir: where a judge's answers are kept; None: nowhere.
     """
     if settings.kind == "embedding":
         with naming(f"{field}.encoder", settings.encoder):
@@ -169,6 +183,17 @@ def preference(
         with naming(f"{field}.reward_model", settings.reward_model):
             scores = remote_reward(served, settings.reward_model, settings.max_tokens, now)
         return processes.asked_by_first(preferences.by_reward(scores, own_scale(settings)))
+    if settings.kind == "judge":
+        return processes.asked_by_first(
+            judge.judge(
+                settings.judge,
+                f"{field}.judge",
+                workdir,
+                retries=settings.retries,
+                timeout_s=settings.timeout_s,
+                concurrency=settings.concurrency,
+            )
+        )
     caller = user_preference.Caller(
         user_function(settings.kind, f"{field}.kind"),
         f"{field}.kind={settings.kind}",
@@ -195,6 +220,6 @@ def remote_scores(settings: PreferenceSettings, token_file: str) -> Callable[[li
 def oracle(settings: OracleSettings, taste: Preference) -> Oracle:
     """Returns who labels the duels by a taste: with the settings' kind of label and noise."""
     labeller = preferences.labelled(taste, preferences.LABELS[settings.label])
-    if settings.label != "deterministic" and settings.kind in KINDS:
+    if settings.label != "deterministic" and settings.kind in BY_REWARD:
         labeller = preferences.told_if_certain(labeller, own_scale(settings))
     return preferences.flipped(labeller, settings.flip_probability) if settings.flip_probability else labeller

@@ -1,19 +1,17 @@
 """A preference that is somebody's code: asked again after an error, awaited where it is a coroutine."""
 
 import asyncio
-import contextlib
 import functools
 import inspect
-import queue
-import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from absl import logging
 
+from sea_jax.oracles.concurrent_calls import END, at_once, pause, wait_for
 from sea_jax.oracles.preferences import row_and_value, usable, usable_values
 from sea_jax.runtime import backoff
 from sea_jax.types import Preference
@@ -21,7 +19,6 @@ from sea_jax.types import Preference
 # What no second try makes better.
 MISTAKES = (NameError, ImportError, SyntaxError, AssertionError, NotImplementedError)
 LONGEST_TEXT = 300  # characters that are shown of an error
-END = object()  # behind the last answer
 
 
 class NoAnswerError(OSError):
@@ -119,7 +116,7 @@ def _call(caller: Caller, pairs: Pairs, failures: int) -> Any:
     while True:
         try:
             said = caller.preference(pairs.prompts, pairs.first, pairs.second, **pairs.names)
-            return _await(said) if isinstance(said, Awaitable) else said
+            return wait_for(said) if isinstance(said, Awaitable) else said
         except Exception as error:
             failures += 1
             time.sleep(_wait_s(caller, failures, error))
@@ -130,7 +127,7 @@ def _one_by_one(caller: Caller, pairs: Pairs, said: Any) -> Iterator[tuple[int, 
     open_rows, local, failures = list(range(len(pairs.prompts))), list(range(len(pairs.prompts))), 0
     while True:
         try:
-            answer = _await(anext(said, END)) if isinstance(said, AsyncIterator) else next(said, END)
+            answer = wait_for(anext(said, END)) if isinstance(said, AsyncIterator) else next(said, END)
         except Exception as error:
             if not open_rows:
                 return
@@ -151,45 +148,20 @@ def _one_by_one(caller: Caller, pairs: Pairs, said: Any) -> Iterator[tuple[int, 
 
 def _one_pair_each(caller: Caller, pairs: Pairs) -> Iterator[tuple[int, float]]:
     """The answers of a coroutine function as they come; where it fails for good, what is on its way is waited for."""
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    turns, gone = asyncio.Semaphore(caller.concurrency), asyncio.Event()
-    failed: list[Exception] = []
 
-    async def ask(row: int) -> None:
+    async def ask(row: int, gone: asyncio.Event) -> Any:
         pair, failures = pairs.rows([row]), 0
-        async with turns:
-            while not gone.is_set():
-                try:
-                    async with asyncio.timeout(caller.timeout_s):
-                        said = await caller.preference(pair.prompts, pair.first, pair.second, **pair.names)
-                except Exception as error:
-                    failures += 1
-                    try:
-                        wait_s = _wait_s(caller, failures, error)
-                    except Exception as failure:
-                        failed.append(failure)
-                        gone.set()
-                    else:
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(gone.wait(), wait_s)
-                else:
-                    answers.put((row, said))
-                    return
+        while True:
+            try:
+                async with asyncio.timeout(caller.timeout_s):
+                    return await caller.preference(pair.prompts, pair.first, pair.second, **pair.names)
+            except Exception as error:
+                failures += 1
+                if await pause(_wait_s(caller, failures, error), gone):
+                    raise
 
-    async def ask_all() -> None:
-        await asyncio.gather(*(ask(row) for row in range(len(pairs.prompts))))
-
-    asking = asyncio.run_coroutine_threadsafe(ask_all(), _loop())
-    asking.add_done_callback(lambda _: answers.put(END))
-    try:
-        while (answer := answers.get()) is not END:
-            row, said = answer
-            yield row, float(usable_values(said, 1)[0])
-    finally:
-        asking.cancel()
-    asking.result()
-    if failed:
-        raise failed[0]
+    for row, said in at_once(ask, len(pairs.prompts), caller.concurrency):
+        yield row, float(usable_values(said, 1)[0])
 
 
 def _wait_s(caller: Caller, failures: int, error: Exception) -> float:
@@ -212,19 +184,3 @@ def _one_line(error: Exception, preference: Preference) -> str:
     where = f" ({place.filename}, line {place.lineno})" if place else ""
     said = " ".join(str(error).split())[:LONGEST_TEXT]
     return f"{type(error).__name__}{f': {said}' if said else ''}{where}"
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    """The one loop that all is awaited in: clients keep connections, which are their loop's."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="oracle", daemon=True).start()
-    return loop
-
-
-def _await(waited: Awaitable[Any]) -> Any:
-    async def wait() -> Any:
-        return await waited
-
-    work: Coroutine[Any, Any, Any] = wait()
-    return asyncio.run_coroutine_threadsafe(work, _loop()).result()
