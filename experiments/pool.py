@@ -41,9 +41,10 @@ def fluency(pool: Responses) -> Values:
 
 
 def within(values: Values) -> Values:
-    """Values apart from their prompt's mean, in units of their spread there."""
+    """Values apart from their prompt's mean, in units of their spread there; 0 where there is none."""
     apart = values - values.mean(1, keepdims=True)
-    return apart / np.sqrt((apart**2).mean())
+    spread = np.sqrt((apart**2).mean())
+    return apart / np.where(spread > 1e-6, spread, 1.0)
 
 
 def _with_fluency(pool: Responses) -> Values:
@@ -152,10 +153,17 @@ def recipes() -> dict[str, Recipe]:
         "passive_erm_best_worst": Recipe(lessons="erm_best_worst"),
         "passive_planning_4": Recipe(planning_steps=4),
         "bai_ts_planning_4": Recipe(rule="bai_ts", planning_steps=4),
+        "bai_ts_planning_1": Recipe(rule="bai_ts", planning_steps=1),
         "bai_ts_planning_4_hard": Recipe(rule="bai_ts", planning_steps=4, planning_label="hard"),
+        "infomax_planning_4": Recipe(rule="infomax", planning_steps=4),
+        "drts_planning_4": Recipe(rule="drts", planning_steps=4),
         "bai_ts_erm_best_worst": Recipe(rule="bai_ts", lessons="erm_best_worst"),
         "bai_ts_erm_best_worst_planning_4": Recipe(rule="bai_ts", lessons="erm_best_worst", planning_steps=4),
         "uncertainty_erm_best_worst_planning_4": Recipe(rule="uncertainty", lessons="erm_best_worst", planning_steps=4),
+        # `information_directed` but for its second pair, its loss and its anchor
+        "infomax_erm_best_worst_planning_1": Recipe(
+            rule="infomax", lessons="erm_best_worst", planning_steps=1, planning_after_queries=0
+        ),
     }
 
 
