@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sea_jax.data.prompts import FILES, DataSettings
 from sea_jax.ensemble import EnsembleSettings
 from sea_jax.evaluation import EvaluationSettings
 from sea_jax.features import FeatureSettings
+from sea_jax.group_learner import GroupSettings
 from sea_jax.learner import LearnerSettings
 from sea_jax.losses import LossSettings
 from sea_jax.models.checkpoints.hf import EXPORTED
@@ -71,11 +73,22 @@ class RunSettings:
     exploration: ExplorationSettings = section(ExplorationSettings)
     erm: RewardModelSettings = section(RewardModelSettings)
     loss: LossSettings = section(LossSettings)
+    group: GroupSettings = section(GroupSettings)
     learner: LearnerSettings = section(LearnerSettings)
     oracle: OracleSettings = section(OracleSettings)
     eval: EvaluationSettings = section(EvaluationSettings)
     checkpoint: CheckpointSettings = section(CheckpointSettings)
     metrics: MetricsSettings = section(MetricsSettings)
+
+    @property
+    def policy_steps(self) -> int:
+        """How many policy steps the budget takes if every prompt has two different candidates, for the schedule."""
+        exploration = self.exploration
+        burnt = min(exploration.burn_in_queries, self.max_queries)
+        batch = exploration.asked_prompts or self.data.batch_size
+        oracle_steps = burnt / batch + (self.max_queries - burnt) / (batch * exploration.gamma)
+        planned = max(self.max_queries - exploration.planning_after_queries, 0) / self.max_queries
+        return math.ceil(oracle_steps * (1 + exploration.planning_steps * planned))
 
     def faults(self) -> Iterator[str]:
         """Yields a line for everything in different parts that does not go together."""

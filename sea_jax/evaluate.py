@@ -440,6 +440,7 @@ def text_table(texts: Mapping[str, Mapping[str, float]], titles: Mapping[str, st
       titles: what each kind is called.
     """
     names = {
+        "eval/finished_ratio": "ended by themselves",
         "eval/distinct_words": "distinct words",
         "eval/repeated_trigrams": "with a repeated 3-gram",
         "eval/fluency": "log-prob per token under the initial policy",

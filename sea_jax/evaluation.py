@@ -20,7 +20,8 @@ from sea_jax.settings import AT_LEAST_1, NOT_NEGATIVE, section, setting
 from sea_jax.statistics import Interval, win_rate, wins_of
 from sea_jax.types import Candidates, Generate, Params, Preference, Prompts
 
-Texts = Callable[[Candidates], list[list[str]]]  # B lists of M texts
+Decode = Callable[[Candidates], list[list[str]]]  # B lists of M texts
+Finished = Callable[[Candidates], np.ndarray]  # [B, M], which ended by themselves
 HeldOut = Sequence[tuple[Mapping[str, Any], np.ndarray]]  # batches of prompts, and which of their rows count
 ORACLE, JUDGE = "oracle", "judge"
 # Who judges -> what the metrics call the win rates of the policy's greedy responses, and of the best of N.
@@ -68,19 +69,24 @@ class Responses:
       texts: N.
       lengths: [N] response tokens, the end-of-sequence token included.
       tokens: [N, T], padded behind the end of the sequence.
+      finished: [N] bool, which ended by themselves; the others were cut.
     """
 
     texts: list[str]
     lengths: np.ndarray
     tokens: np.ndarray
+    finished: np.ndarray
 
 
-def greedy(generate: Generate, texts: Texts, trained: Params, version: int, heldout: HeldOut) -> Responses:
+def greedy(
+    generate: Generate, texts: Decode, finished: Finished, trained: Params, version: int, heldout: HeldOut
+) -> Responses:
     """Writes the most probable response to every held-out prompt, token by token.
 
     Args:
       generate: an actor with one sample per prompt and temperature 0.
       texts: Candidates -> B lists of M texts.
+      finished: Candidates -> which of them ended by themselves.
       trained: the trained part of the policy's parameters.
       version: how many policy steps made them.
       heldout: batches and masks.
@@ -91,17 +97,20 @@ def greedy(generate: Generate, texts: Texts, trained: Params, version: int, held
     written: list[str] = []
     lengths: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
+    ended: list[np.ndarray] = []
     for batch, counts in heldout:
         candidates = generate(trained, Prompts(batch["tokens"], batch["valid"]), jax.random.key(0), version)
         written += [row[0] for row, count in zip(texts(candidates), counts, strict=True) if count]
         lengths.append(np.asarray(candidates.lengths)[counts, 0])
         tokens.append(np.asarray(candidates.tokens)[counts, 0])
-    return Responses(written, np.concatenate(lengths), np.concatenate(tokens))
+        ended.append(finished(candidates)[counts, 0])
+    return Responses(written, np.concatenate(lengths), np.concatenate(tokens), np.concatenate(ended))
 
 
 def best_of_n(
     generate: Generate,
-    texts: Texts,
+    texts: Decode,
+    finished: Finished,
     features: Featurize,
     trained: Params,
     version: int,
@@ -114,6 +123,7 @@ def best_of_n(
     Args:
       generate: an actor with N samples per prompt.
       texts: Candidates -> B lists of N texts.
+      finished: Candidates -> which of them ended by themselves.
       features: what the ERM sees.
       trained: the trained part of the policy's parameters.
       version: how many policy steps made them.
@@ -127,6 +137,7 @@ def best_of_n(
     written: list[str] = []
     lengths: list[np.ndarray] = []
     tokens: list[np.ndarray] = []
+    ended: list[np.ndarray] = []
     for index, (batch, counts) in enumerate(heldout):
         candidates = generate(
             trained, Prompts(batch["tokens"], batch["valid"]), jax.random.fold_in(key, index), version
@@ -137,7 +148,8 @@ def best_of_n(
         written += [responses[row][best[row]] for row in rows]
         lengths.append(np.asarray(candidates.lengths)[rows, best[rows]])
         tokens.append(np.asarray(candidates.tokens)[rows, best[rows]])
-    return Responses(written, np.concatenate(lengths), np.concatenate(tokens))
+        ended.append(finished(candidates)[rows, best[rows]])
+    return Responses(written, np.concatenate(lengths), np.concatenate(tokens), np.concatenate(ended))
 
 
 @dataclass(frozen=True)
@@ -255,14 +267,14 @@ def win_rate_metrics(interval: Interval, name: str) -> dict[str, float]:
 
 
 def text_metrics(evaluation: Evaluation, trained: Params, responses: Responses) -> dict[str, float]:
-    """Returns what nobody's taste is needed for: repetition within the responses, their fluency, the loss on references.
+    """Returns what nobody's taste is needed for: how many ended by themselves, repetition, fluency, the loss on references.
 
     Args:
       evaluation: Evaluation.
       trained: the trained part of the parameters of the policy whose loss it is.
       responses: to the first n <= N held-out prompts.
     """
-    found = repetition_metrics(responses.texts)
+    found = {"finished_ratio": float(responses.finished.mean())} | repetition_metrics(responses.texts)
     if evaluation.likelihood is not None:
         likelihood = evaluation.likelihood(trained, responses.tokens, responses.lengths)
         found["fluency"] = likelihood.fluency

@@ -35,7 +35,7 @@ def heldout_evaluation(
       ledgers: of what evaluations ask; new questions go to the first.
       watched: put around whoever writes the responses, to see how far he is.
     """
-    padding, decode = loaded.padding(config.data.bucket), loaded.texts
+    padding, decode, finished = loaded.padding(config.data.bucket), loaded.texts, loaded.finished
     how = functools.partial(
         generation.configured,
         config.sampling,
@@ -50,12 +50,14 @@ def heldout_evaluation(
     write_many = watched(loaded.generate(many, config.sampling.batch_size))
 
     def greedy(trained: Params, version: int) -> Responses:
-        return evaluation.greedy(write_one, decode, trained, version, heldout)
+        return evaluation.greedy(write_one, decode, finished, trained, version, heldout)
 
     def chosen(trained: Params, reward_model: Ensemble, version: int) -> Responses:
         batches = list(evaluation_batches(few, batch_size=config.data.batch_size, **padding))
         key = jax.random.key(config.seed)
-        return evaluation.best_of_n(write_many, decode, loaded.features, trained, version, reward_model, batches, key)
+        return evaluation.best_of_n(
+            write_many, decode, finished, loaded.features, trained, version, reward_model, batches, key
+        )
 
     tastes = {ORACLE: loaded.preference if config.eval.oracle else None, JUDGE: loaded.judge}
     read = loaded.heldout_prompts[: config.eval.likelihood_prompts]

@@ -341,8 +341,7 @@ def update(
       gradient_norm (before clipping), learning_rate.
     """
     batch = partition.batches(batch)
-    if learner_config.anchor_decay:
-        reference = learner.opt_state[-1].average
+    reference = current_reference(learner, reference, learner_config)
 
     def gradient(microbatch: PreferenceBatch) -> tuple[Params, dict[str, Float32[Array, ""]]]:
         return jax.grad(_loss, has_aux=True)(
@@ -350,12 +349,36 @@ def update(
         )
 
     sums = accumulated(gradient, batch, learner_config.microbatch_size, decoder.specs(config, learner.trained))
-    total = batch.weights.sum()
+    return take_step(learner, sums, batch.weights.sum(), learner_config)
+
+
+def current_reference(learner: Learner, reference: Params, config: LearnerConfig) -> Params:
+    """Returns the reference policy's trained part, or with `anchor_decay` the policy's average."""
+    return learner.opt_state[-1].average if config.anchor_decay else reference
+
+
+def take_step(
+    learner: Learner,
+    sums: tuple[Params, dict[str, Float32[Array, ""]]],
+    total: Float32[Array, ""],
+    config: LearnerConfig,
+) -> tuple[Learner, dict[str, Float32[Array, ""]]]:
+    """Moves the policy by what was summed over a batch.
+
+    Args:
+      learner: Learner.
+      sums: the gradient, and numbers to report.
+      total: the weight that both are divided by; at 0 the learner stays as it is.
+      config: LearnerConfig.
+
+    Returns:
+      Learner and the numbers with gradient_norm (before clipping) and learning_rate.
+    """
     gradients, report = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), sums)
-    updates, opt_state = optimizer(learner_config).update(gradients, learner.opt_state, learner.trained)
+    updates, opt_state = optimizer(config).update(gradients, learner.opt_state, learner.trained)
     new = Learner(trained=optax.apply_updates(learner.trained, updates), opt_state=opt_state, step=learner.step + 1)
     new = jax.tree.map(lambda after, before: jnp.where(total > 0, after, before), new, learner)
     report["gradient_norm"] = optax.global_norm(gradients)
     report = partition.whole(report)
-    report["learning_rate"] = schedule(learner_config)(learner.step)
+    report["learning_rate"] = schedule(config)(learner.step)
     return new, report

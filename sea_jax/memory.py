@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sea_jax import config as configuration
-from sea_jax import ensemble, features, learner, losses, policy_logprobs, preflight, wiring
+from sea_jax import ensemble, features, group_learner, learner, losses, policy_logprobs, preflight, wiring
 from sea_jax.actors import generation
 from sea_jax.actors.in_process import REMEMBERED_BYTES, bytes_of_prompts
 from sea_jax.actors.responder import COMPARED
@@ -32,6 +32,7 @@ from sea_jax.config import RunSettings
 from sea_jax.data import batching
 from sea_jax.features import FeatureSettings
 from sea_jax.learner import LearnerConfig
+from sea_jax.methods.reinforce import LOSSES as ON_GROUPS
 from sea_jax.models import deberta, decoder, encoder, partition, reward
 from sea_jax.models.checkpoints import hf, published
 from sea_jax.models.checkpoints.config_json import from_hf
@@ -348,31 +349,37 @@ def measure(config: RunSettings, mesh: Mesh) -> tuple[dict[str, int], list[Step]
 
 
 def training_step(run: ShapedRun) -> Step:
-    """Compiles the policy step."""
-    rows = run.config.data.batch_size
-    tokens, lengths = run.responses(rows, 2, run.config.sampling.max_new_tokens)
+    """Compiles the policy step: on pairs, or on all responses where the method learns from their rewards."""
+    config, rows = run.config, run.config.data.batch_size
+    on_groups = config.method in ON_GROUPS
+    samples = config.sampling.num_samples if on_groups else 2
+    tokens, lengths = run.responses(rows, samples, config.sampling.max_new_tokens)
     frozen = None
     if run.keeps_frozen_states:
-        d, dtype = run.model.d_model, run.config.policy.dtype
+        d, dtype = run.model.d_model, config.policy.dtype
         frozen = FrozenStates(run.shape(dtype, rows, run.prompt_tokens, d), run.shape(dtype, *tokens.shape, d))
-    pairs = PreferenceBatch(
-        prompts=run.prompts(rows),
-        tokens=tokens,
-        lengths=lengths,
-        labels=run.shape(jnp.float32, rows),
-        weights=run.shape(jnp.float32, rows),
-        frozen=frozen,
-    )
-    lower = functools.partial(
-        learner.update.lower,
-        run.learner,
-        run.frozen,
-        run.reference,
-        pairs,
-        loss=losses.build(run.config.loss),
-        config=run.model,
-        learner_config=run.learner_config,
-    )
+    common = {"prompts": run.prompts(rows), "tokens": tokens, "lengths": lengths, "frozen": frozen}
+    weights = run.shape(jnp.float32, rows)
+    given = (run.learner, run.frozen, run.reference)
+    static = {"config": run.model, "learner_config": run.learner_config}
+    if on_groups:
+        groups = group_learner.GroupBatch(
+            **common,
+            logprobs=run.shape(jnp.float32, *tokens.shape),
+            rewards=run.shape(jnp.float32, rows, samples),
+            weights=weights,
+        )
+        lower = functools.partial(
+            group_learner.update.lower,
+            *given,
+            groups,
+            loss=ON_GROUPS[config.method](config.group),
+            kl=config.group.kl,
+            **static,
+        )
+    else:
+        pairs = PreferenceBatch(**common, labels=run.shape(jnp.float32, rows), weights=weights)
+        lower = functools.partial(learner.update.lower, *given, pairs, loss=losses.build(config.loss), **static)
     return compiled("train", lower, run.platform)
 
 

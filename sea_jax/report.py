@@ -34,12 +34,14 @@ REPORT = "report.md"
 PICTURE = "win_rate.png"
 EMBEDDED_PICTURE = f"![Win rate against queries and policy gradient steps]({PICTURE})"
 SETTINGS = {
+    "method": ("method",),
     "policy": ("policy", "source"),
     "duel rule": ("exploration", "rule"),
     "loss": ("loss", "name"),
     "oracle": ("oracle", "kind"),
 }
 TEXTS = {  # of what the responses are like without anybody's taste -> what it is called
+    "eval/finished_ratio": "ended by themselves",
     "eval/distinct_words": "distinct words",
     "eval/repeated_trigrams": "with a repeated 3-gram",
     "eval/fluency": "fluency",
@@ -146,11 +148,12 @@ def _header(run: history.Run) -> str:
     parts = [f"**{run.label}**"]
     if "seed" in run.config:
         parts.append(f"seed {run.config['seed']}")
-    parts += [
-        f"{what} `{run.config[section][field]}`"
-        for what, (section, field) in SETTINGS.items()
-        if field in run.config.get(section, {})
-    ]
+    for what, path in SETTINGS.items():
+        found: Any = run.config
+        for name in path:
+            found = found.get(name, {})
+        if found:
+            parts.append(f"{what} `{found}`")
     steps = run.metrics[-1]["step"] if run.metrics else 0
     gradient_steps = max(
         (line[history.GRADIENT_STEPS] for line in run.metrics if history.GRADIENT_STEPS in line), default=0

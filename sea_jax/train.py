@@ -1,7 +1,6 @@
 """Aligns a language model with as few preference labels as it can: `python -m sea_jax.train --config=configs/quickstart.py`."""
 
 import functools
-import math
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,6 @@ from sea_jax import agent as sea
 from sea_jax import config as configuration
 from sea_jax import ensemble, evaluation, history, labels, learner, losses, replay, report, sampling, wiring
 from sea_jax.actors.responder import resumable
-from sea_jax.actors.texts import finished_by
 from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
@@ -105,7 +103,7 @@ def train_on(
     began = beginning(workdir)
     parts = wiring.parts(config, mesh, began=began, workdir=workdir)
     policy = parts.policy
-    total_steps = policy_steps(config)
+    total_steps = config.policy_steps
     learner_config = learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype)
     batch_size = config.data.batch_size
     batches = training_batches(
@@ -136,7 +134,7 @@ def train_on(
             prompts=batches.__getitem__,
             respond=responder.respond,
             texts=parts.texts,
-            finished=finished_by(parts.sampling.eos_ids, policy.tokenizer, parts.stop),
+            finished=parts.finished,
             unfinished=config.exploration.unfinished,
             features=parts.features,
             logprobs=under_policy_and_reference(policy, config.policy.dtype, config.sampling.batch_size),
@@ -337,15 +335,6 @@ def check_answers(unanswered: int, most: int, step: int) -> None:
             "it said None, NaN or what is no probability in [0, 1]. None of them was counted; see what keeps it, and start the "
             "same command again"
         )
-
-
-def policy_steps(config: RunSettings) -> int:
-    """Returns how many policy steps the budget will take if every prompt has two different candidates, for the schedule."""
-    burnt = min(config.exploration.burn_in_queries, config.max_queries)
-    batch = config.exploration.asked_prompts or config.data.batch_size
-    oracle_steps = burnt / batch + (config.max_queries - burnt) / (batch * config.exploration.gamma)
-    planned = max(config.max_queries - config.exploration.planning_after_queries, 0) / config.max_queries
-    return math.ceil(oracle_steps * (1 + config.exploration.planning_steps * planned))
 
 
 def other_writers(config: RunSettings, workdir: Path, run_id: str, own: Sequence[metrics.Sink]) -> list[metrics.Sink]:

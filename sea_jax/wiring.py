@@ -18,7 +18,7 @@ from sea_jax.actors.generation import GenerationConfig
 from sea_jax.actors.in_process import in_process
 from sea_jax.actors.responder import Responder, open_responder
 from sea_jax.actors.stop import ending
-from sea_jax.actors.texts import texts_of
+from sea_jax.actors.texts import finished_by, texts_of
 from sea_jax.agent import FillSlots, State, named_keys, step_key
 from sea_jax.config import RunSettings
 from sea_jax.data import batching
@@ -66,6 +66,7 @@ class Parts:
       sampling: how candidates are drawn.
       stop: texts that end a response.
       texts: Candidates -> B lists of M texts, as an oracle reads them.
+      finished: Candidates -> which of them ended by themselves, [B, M].
       features: what the ERM sees.
       num_features: d, its width.
       servers: those that write the responses; None: this process does.
@@ -79,7 +80,8 @@ class Parts:
     judge: Preference | None
     sampling: GenerationConfig
     stop: tuple[str, ...]
-    texts: evaluation.Texts
+    texts: evaluation.Decode
+    finished: evaluation.Finished
     features: features.Featurize
     num_features: int
     servers: PolicyServers | None
@@ -152,6 +154,7 @@ def parts(
     check_reward_model(config.oracle, "oracle")
     check_reward_model(config.eval.judge, "eval.judge")
     loaded = load_weights(found, config.policy.train_last_layers, config.erm.feature_layer, dtype=config.policy.dtype)
+    sampled = generation.configured(config.sampling, loaded, config.policy.dtype)
     references = {
         record["prompt"]: text for some in records for record in some if (text := record["reference"].strip())
     }
@@ -168,9 +171,10 @@ def parts(
         heldout_prompts=heldout_prompts,
         preference=taste(config.oracle, field="oracle"),
         judge=taste(config.eval.judge, field="eval.judge") if config.eval.judge.kind else None,
-        sampling=generation.configured(config.sampling, loaded, config.policy.dtype),
+        sampling=sampled,
         stop=config.sampling.stop,
         texts=texts_of(loaded.tokenizer, config.sampling),
+        finished=finished_by(sampled.eos_ids, loaded.tokenizer, config.sampling.stop),
         features=features_for(config, loaded, read_by_sampler=sampler_reads_features(config)),
         num_features=features.width(config.erm, loaded),
         servers=connect(config.actor, config.bridge_token_file) if config.actor.kind == "bridge" else None,

@@ -83,6 +83,10 @@ def as_text(candidates: Candidates) -> list[list[str]]:
     return [[str(int(token)) for token in row] for row in candidates.tokens[..., 0]]
 
 
+def of_even_length(candidates: Candidates) -> np.ndarray:
+    return np.asarray(candidates.lengths) % 2 == 0
+
+
 HELD_OUT = [
     ({"id": ["a", "b"], "tokens": jnp.array([[1], [2]]), "valid": jnp.ones((2, 1), bool)}, np.array([True, True])),
     ({"id": ["c", "c"], "tokens": jnp.array([[3], [3]]), "valid": jnp.ones((2, 1), bool)}, np.array([True, False])),
@@ -90,9 +94,10 @@ HELD_OUT = [
 
 
 def test_greedy_returns_each_held_out_prompt_once_in_order() -> None:
-    responses = evaluation.greedy(numbered, as_text, {}, 0, HELD_OUT)
+    responses = evaluation.greedy(numbered, as_text, of_even_length, {}, 0, HELD_OUT)
     assert responses.texts == ["10", "20", "30"]
     assert responses.lengths.tolist() == [1, 1, 1]
+    assert not responses.finished.any()
 
 
 def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
@@ -101,6 +106,7 @@ def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
     responses = evaluation.best_of_n(
         numbered,
         as_text,
+        of_even_length,
         lambda batch, candidates, texts: candidates.features,
         {},
         0,
@@ -111,3 +117,4 @@ def test_best_of_n_keeps_what_the_ensembles_mean_ranks_highest() -> None:
     best = [int(rewards[start - 10 : start - 7].argmax()) for start in (10, 20, 30)]
     assert responses.texts == [str(start + offset) for start, offset in zip((10, 20, 30), best, strict=True)]
     assert responses.lengths.tolist() == [offset + 1 for offset in best]
+    assert responses.finished.tolist() == [offset % 2 == 1 for offset in best]

@@ -20,7 +20,7 @@ methods report labels
 preflight workdir history
 config
 agent evaluation
-ensemble features policy_logprobs oracles actors
+ensemble group_learner features policy_logprobs oracles actors
 data replay open_pairs learner policy
 models sampling losses
 runtime

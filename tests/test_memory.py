@@ -176,6 +176,18 @@ def test_features_that_the_sampler_reads_are_not_read_again(
     assert set(plan(config)[1]) == {"train", "sample", "evaluate", "ERM", "score"}
 
 
+def test_a_step_on_whole_groups_is_measured_as_it_is_taken(
+    config: ml_collections.ConfigDict, plan: Callable[[ml_collections.ConfigDict], Planned]
+) -> None:
+    config.method, config.sampling.num_samples = "ppo", 5
+    config.learner.microbatch_size = config.data.batch_size
+    of_all = plan(config)[1]["train"]().as_text()
+    config.method = "sea"
+    of_pairs = plan(config)[1]["train"]().as_text()
+    assert f"tensor<{config.data.batch_size}x5x" in of_all
+    assert f"tensor<{config.data.batch_size}x5x" not in of_pairs
+
+
 @pytest.mark.parametrize(("lag", "sync_every", "copies"), [(0, 1, 0), (1, 1, 1), (0, 3, 1), (1, 3, 1)])
 def test_where_servers_write_the_learner_checks_their_log_probs(
     config: ml_collections.ConfigDict,

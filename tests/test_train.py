@@ -199,9 +199,7 @@ def test_a_finished_run_goes_on_with_a_larger_budget_and_keeps_what_it_paid_for(
     assert after[: len(before)] == before
     assert after[-1]["misc/query_step"] == 32 == sum(bool(line.get("counted")) for line in ledger)
     config = configuration.resolve(longer)
-    rates = learner.schedule(
-        learner.configured(config.learner, total_steps=train.policy_steps(config), dtype="float32")
-    )
+    rates = learner.schedule(learner.configured(config.learner, total_steps=config.policy_steps, dtype="float32"))
     step = before[-1]["misc/gradient_steps"]
     assert after[len(before)]["train/learning_rate"] == pytest.approx(float(rates(step)))
     labels = jax.ShapeDtypeStruct((32,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))

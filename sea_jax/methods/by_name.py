@@ -7,6 +7,7 @@ from sea_jax.config import RunSettings
 from sea_jax.methods.apl import apl
 from sea_jax.methods.information_directed import information_directed
 from sea_jax.methods.online import iterative, offline, online, selm
+from sea_jax.methods.reinforce import ppo, reinforce
 from sea_jax.methods.sea import dyna, sea
 from sea_jax.methods.variants import VARIANTS
 from sea_jax.methods.xpo import xpo
@@ -15,6 +16,8 @@ METHODS: Mapping[str, Callable[[RunSettings], FillSlots]] = {
     "sea": sea,
     "dyna": dyna,
     "information_directed": information_directed,
+    "reinforce": reinforce,
+    "ppo": ppo,
     "offline": offline,
     "iterative": iterative,
     "online": online,

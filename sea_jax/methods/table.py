@@ -26,6 +26,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "loss.name": "linear",
         "learner.anchor_decay": 0.95,
     },
+    "reinforce": ACTIVE,
+    "ppo": ACTIVE,
     "offline": PLAIN,
     "iterative": {**PLAIN, "actor.sync_every": 4},
     "online": PLAIN,

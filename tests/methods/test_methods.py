@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny_random
-from sea_jax import agent, train
+from sea_jax import agent, train, wiring
 
 
 def configured(**fields: Any) -> Any:
@@ -28,8 +28,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     ("fields", "message"),
     [
         (
-            {"method": "ppo"},
-            r"config\.method='ppo': must be one of sea, dyna, .*, or my_module:my_method",
+            {"method": "dqn"},
+            r"config\.method='dqn': must be one of sea, dyna, .*, or my_module:my_method",
         ),
         ({"method": "mine:nothing"}, r"config\.method=mine:nothing: No module named 'mine'"),
         (
@@ -72,7 +72,7 @@ def of_an_even_first_token(eos_ids, tokenizer, strings):
 
 @pytest.mark.slow
 def test_online_learns_from_two_plain_samples_and_no_reward_model_and_cut_ones_may_lose(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finished_by", of_an_even_first_token)
+    monkeypatch.setattr(wiring, "finished_by", of_an_even_first_token)
     train.train(configured(method="online", exploration__rule="passive", exploration__unfinished="lose"), tmp_path)
     ledger, rows = lines(tmp_path / "queries.jsonl"), lines(tmp_path / "metrics.jsonl")
     assert len([line for line in ledger if line["event"] == "ask"]) == 8
@@ -168,3 +168,15 @@ def test_an_iterative_run_writes_with_weights_some_steps_old(tmp_path):
     same = {key: asks[1][key] == text for key, text in asks[0].items() if key in asks[1]}
     assert all(equal for key, equal in same.items() if key.split("-")[0] in ("0", "1"))
     assert not all(equal for key, equal in same.items() if key.split("-")[0] == "2")
+
+
+@pytest.mark.slow
+def test_ppo_takes_its_steps_on_all_responses_and_plans_on_fresh_prompts(tmp_path):
+    own = {"exploration__planning_steps": 1, "exploration__planning_after_queries": 4, "group__epochs": 2}
+    train.train(configured(method="ppo", group__pessimism=1.0, **own), tmp_path)
+    ledger, rows = lines(tmp_path / "queries.jsonl"), lines(tmp_path / "metrics.jsonl")
+    assert sum(line["event"] == "label" and line["counted"] for line in ledger) == 8
+    planned = sum("plan/loss" in row for row in rows)
+    assert planned >= 1
+    assert rows[-1]["misc/gradient_steps"] == 2 * (len(rows) - 1 + planned)
+    assert all(np.isfinite(row["train/reward"]) and "train/rm/loss_rew" in row for row in rows[1:])

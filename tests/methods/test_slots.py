@@ -51,6 +51,8 @@ def settings(name: str, **fields: Any) -> RunSettings:
         ("sea", ("newest", 7), True, True, 0),
         ("dyna", ("newest", 7), True, True, 3),
         ("information_directed", ("newest", 7), True, True, 1),
+        ("reinforce", ("newest", 7), True, True, 0),
+        ("ppo", ("newest", 7), True, True, 0),
         ("variant1", ("newest", 7), False, True, 0),
         *((f"variant{number}", ("newest", 7), True, True, 0) for number in range(2, 7)),
         ("variant7", ("newest", 7), True, False, 0),
@@ -101,6 +103,16 @@ def test_who_writes_and_what_learns(name, writes, reward_model, policy_learns, p
             "selm",
             {"loss__name": "slic"},
             r"config\.loss\.name=slic: method=selm is optimistic in its loss and takes only selm",
+        ),
+        (
+            "reinforce",
+            {"loss__name": "ipo", "exploration__unfinished": "lose"},
+            r"config\.exploration\.unfinished=lose: .* rewards alone\nconfig\.loss\.name=ipo: .* takes only dpo",
+        ),
+        (
+            "ppo",
+            {"actor__sync_every": 2},
+            r"config\.actor\.sync_every=2: method=ppo takes several policy steps at a time",
         ),
         ("dyna", {"exploration__gamma": 0.7}, r"config\.exploration\.gamma=0\.7: method=dyna plans and takes only 1"),
         (
