@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from sea_jax.config import default
+from sea_jax.methods.table import with_method
 
 
 def prefers_many_es(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
@@ -24,8 +25,12 @@ def prefers_many_letters(prompts: Sequence[str], first: Sequence[str], second: S
     return 1 / (1 + np.exp(-margin.astype(np.float64)))
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration."""
+def get_config(method: str = "") -> ml_collections.ConfigDict:
+    """Returns the configuration.
+
+    Args:
+      method: one of docs/methods.md, as in configs/tiny_random.py:online; "": as told here.
+    """
     config = default()
     config.name = "tiny_random"
     config.max_queries = 24
@@ -69,4 +74,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.best_of_n_prompts = 6
     config.eval.judge.kind = "configs.tiny_random:prefers_many_letters"
     config.checkpoint.every_steps = 2
-    return config
+    return with_method(config, method)

@@ -20,6 +20,13 @@ from sea_jax.statistics import Interval, label_gain, labels_to_reach, over_seeds
 STYLES = ("-", "--", ":")
 JUDGES = {"oracle": "by the oracle", "judge": "by the judge"}
 LEVELS = (0.6, 0.7, 0.8)
+OTHERS = {  # measures of which the mean is shown, as far as a laboratory takes them
+    "erm_accuracy": "ERM accuracy",
+    "kl": "KL",
+    "length": "length",
+    "policy_steps": "policy steps",
+    "seconds": "seconds of steps",
+}
 
 
 def known_by_all(curves: np.ndarray) -> np.ndarray:
@@ -62,14 +69,16 @@ def table(found: Results, baseline: str, who: str) -> str:
         "label gain, oracle",
     ]
     head += ["label gain, judge", *(f"labels to {level}, judge" for level in LEVELS)]
-    head += ["regret", "online win rate", "ERM accuracy", "KL", "length", "policy steps"]
+    if has_regret := "cumulative_regret" in found.curves[baseline]:
+        head += ["regret", "online win rate"]
+    others = {name: called for name, called in OTHERS.items() if name in found.curves[baseline]}
+    head += others.values()
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, measures in found.curves.items():
         against = found.curves[baseline]
         points = np.flatnonzero(known_by_all(measures[by_judge]) & known_by_all(against[by_judge]))
         labels, mean = found.queries[points], measures[by_judge][:, points].mean(0)
         spent, end = labels[-1], {measure: values[:, points[-1]] for measure, values in measures.items()}
-        others = [f"{end[each].mean():.3g}" for each in ("erm_accuracy", "kl", "length", "policy_steps")]
         lines.append(
             [
                 name,
@@ -80,11 +89,11 @@ def table(found: Results, baseline: str, who: str) -> str:
                 shown(paired(end[by_judge], against[by_judge][:, points[-1]])),
                 *(gain(found, name, baseline, measure) for measure in (by_oracle, by_judge)),
                 *(f"{labels_to_reach(labels, mean, level):.0f}" for level in LEVELS),
-                shown(over_seeds(end["cumulative_regret"] / spent)),
-                f"{(end['online'] / spent).mean():.3f}",
-                *others,
             ]
         )
+        if has_regret:
+            lines[-1] += [shown(over_seeds(end["cumulative_regret"] / spent)), f"{(end['online'] / spent).mean():.3f}"]
+        lines[-1] += [f"{end[each].mean():.3g}" for each in others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -152,7 +161,7 @@ def main() -> None:
         "In brackets: 95% intervals over seeds, of a difference seed by seed, of a label gain by resampling seeds. A label "
         "gain is how many times as many labels the baseline needs for the recipe's last win rate, by curves "
         "1 - (n / a)^-b / 2 fitted to both; beyond the baseline's last label it is continued, not measured. "
-        "Regret is per label, in logits.\n\n"
+        f"{'Regret is per label, in logits.' if 'cumulative_regret' in found.curves[arguments.baseline] else ''}\n\n"
         f"![Win rates against labels and policy steps]({arguments.output.with_suffix('.png').name})\n"
     )
     arguments.output.with_suffix(".md").write_text(text)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.simulation import Laboratory, Recipe, Sizes
+from experiments.simulation import Laboratory, Recipe
 from sea_jax.runtime import files
 
 SEARCH_SEEDS = 1_000_000  # the search's begin here, so that none of them is reported
@@ -43,7 +43,7 @@ def log_grid(queries: int, smallest: int) -> np.ndarray:
     return np.concatenate([[0], np.geomspace(smallest, queries, POINTS).round()])
 
 
-def at_queries(found: Mapping[str, np.ndarray], grid: np.ndarray) -> dict[str, np.ndarray]:
+def at_queries(found: Mapping[str, Sequence[np.ndarray] | np.ndarray], grid: np.ndarray) -> dict[str, np.ndarray]:
     """Returns every measure [S, E] on a grid of queries, [S, Q], linear between evaluations; NaN beyond a run's end."""
     queries = found["queries"]
     return {
@@ -121,8 +121,8 @@ def save(path: Path, about: Mapping[str, Any], grid: np.ndarray, entries: Any, c
     files.write_whole(path, json.dumps(whole, separators=(",", ":")) + "\n")
 
 
-def about(sizes: Sizes, **more: Any) -> dict[str, Any]:
-    """Returns what is said of a file of results: the command, the commit and the machine it comes from, the sizes."""
+def about(sizes: Any, **more: Any) -> dict[str, Any]:
+    """Returns what is said of a file of results: the command, the commit, the machine, and the sizes, a dataclass."""
     main = sys.modules["__main__"].__spec__
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     return {
