@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32
 
 from sea_jax.data import batching
+from sea_jax.data.conversations import conversation_encoder
 from sea_jax.models import deberta, decoder, encoder, packing, partition, tokenizer
 from sea_jax.models.checkpoints import hf
-from sea_jax.models.config import DebertaConfig, EncoderConfig, ModelConfig
+from sea_jax.models.config import Config, DebertaConfig, EncoderConfig, ModelConfig
 from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.policy import Policy
 from sea_jax.settings import AT_LEAST_1, DTYPE, NOT_NEGATIVE, naming, setting
@@ -29,7 +31,8 @@ class FeatureSettings:
     """What the ERM sees."""
 
     trunk: str = setting(
-        "", '"": hidden states of the reference policy; else an encoder that reads prompt and response'
+        "",
+        '"": hidden states of the reference policy; else an encoder, or a reward model, that reads prompt and response',
     )
     trunk_dtype: str = setting("float32", "compute dtype of the trunk", DTYPE)
     trunk_batch_size: int = setting(16, "texts that the trunk reads at a time", AT_LEAST_1)
@@ -84,6 +87,7 @@ BUCKET = 64  # tokens; sequences of a trunk are padded to a multiple of it
 
 SOURCE, CANDIDATE = "<|source|>", "<|candidate|>"  # what PairRM puts before a prompt and before a response
 MAX_SOURCE_TOKENS, MAX_TOKENS = 1224, 2048  # of a prompt's part and of the whole (https://github.com/sail-sg/oat)
+MAX_CONVERSATION_TOKENS = 4096  # of a decoder's sequences
 
 _Row = tuple[list[int], tuple[int, int]]  # a sequence's tokens and the two places in it that features are read by
 _Encode = Callable[[str, Sequence[str]], list[_Row]]  # a prompt and its responses
@@ -172,7 +176,7 @@ def response_features(
 
 
 def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
-    """Features are hidden states of a separate encoder that reads prompt and response together.
+    """Features are hidden states of a separate model that reads prompt and response together.
 
     A BERT reads them as a pair of sentences: [CLS] prompt [SEP] response [SEP]. Its features are the mean of the last
     hidden states over the response and its separator; where both do not fit, the prompt's beginning is cut.
@@ -180,6 +184,9 @@ def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
     A DeBERTa-v2/v3 with the tokens of PairRM (https://huggingface.co/llm-blender/PairRM-hf), the paper's trunk, reads
     [CLS] <|source|> prompt [SEP] [CLS] <|candidate|> response [SEP], as in https://github.com/sail-sg/oat. Its features
     are the last hidden states of <|source|> and <|candidate|>, side by side; what is too long is cut at its end.
+
+    A reward model that is a decoder (paper, App. G.4) reads the turns of its chat template, see `conversation_encoder`. Its
+    features are the hidden state from which it would score.
 
     Args:
       source: anything that `hf.load` takes.
@@ -190,7 +197,7 @@ def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
       Featurize, d as `trunk_width` says.
 
     Raises:
-      ValueError: the source is not such an encoder, or its tokenizer does not fit it or lacks the tokens.
+      ValueError: the source is not such a model, or its tokenizer does not fit it or lacks the tokens.
     """
     trunk_width(source)  # refuses what is no trunk before it is loaded
     loaded = hf.load(source)
@@ -199,11 +206,16 @@ def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
     if isinstance(config, DebertaConfig):
         max_tokens = min(MAX_TOKENS, config.max_positions) if config.absolute_positions else MAX_TOKENS
         encode, read = _of_prefix_tokens(config, own_tokenizer, max_tokens, dtype)
+    elif isinstance(config, ModelConfig):
+        max_tokens = None  # a response may alone be longer than the prompts are cut for
+        encode, read = _of_last_token(config, own_tokenizer, loaded.directory, dtype)
     else:
         assert isinstance(config, EncoderConfig)
         max_tokens = config.max_positions
         encode, read = _of_response_mean(config, own_tokenizer, max_tokens, dtype)
-    params = partition.put(loaded.params, hf.abstract(config), dtype)
+    left = isinstance(config, ModelConfig)
+    specs = trunk_specs(config)
+    params = partition.put({name: loaded.params[name] for name in specs}, specs, dtype)
 
     @jax.jit
     def features(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float32[Array, "b d"]:
@@ -215,7 +227,7 @@ def of_trunk(source: str, *, dtype: Any, batch_size: int) -> Featurize:
         sequences, places = [ids for ids, _ in rows], np.array([marks for _, marks in rows], np.int32)
         parts, order = [], []
         for some, tokens, valid in batching.by_length(
-            sequences, batch_size=batch_size, bucket=BUCKET, pad_id=own_tokenizer.pad_id, longest=max_tokens
+            sequences, batch_size=batch_size, bucket=BUCKET, pad_id=own_tokenizer.pad_id, longest=max_tokens, left=left
         ):
             marks = np.zeros((batch_size, 2), np.int32)
             marks[: len(some)] = places[some]
@@ -231,15 +243,37 @@ def trunk_width(source: str) -> int:
     """Returns d, the width of the features that `of_trunk` reads, without loading the trunk.
 
     Raises:
-      ValueError: the source is not an encoder that can be a trunk.
+      ValueError: the source is no model that can be a trunk.
     """
-    match hf.read_config(source):
-        case EncoderConfig(d_model=d):
-            return d
-        case DebertaConfig(d_model=d):
-            return 2 * d
-        case _:
-            raise ValueError("expected a BERT or DeBERTa-v2/v3 encoder, found a decoder")
+    return width_as_trunk(hf.read_config(source))
+
+
+def width_as_trunk(config: Config) -> int:
+    """Returns d, the width of the features that `of_trunk` reads from a model; refuses one that cannot be a trunk.
+
+    Raises:
+      ValueError: it is a decoder that does not score.
+    """
+    if isinstance(config, DebertaConfig):
+        return 2 * config.d_model
+    if isinstance(config, ModelConfig) and not config.scalar_head:
+        raise ValueError(
+            "expected a BERT or DeBERTa-v2/v3 encoder, or a decoder that is a reward model, found one with an unembedding"
+        )
+    return config.d_model
+
+
+def trunk_specs(config: Config) -> Params:
+    """Returns a ParamSpec for every parameter that a trunk's hidden states come from: not for what stands behind them."""
+    specs = hf.abstract(config)
+    if not isinstance(config, ModelConfig):
+        return specs
+    return {name: specs[name] for name in ("embed", "stacks", "final_norm")}
+
+
+def longest_conversation(config: ModelConfig) -> int:
+    """Returns to how many tokens of prompt and response a decoder's prompts are cut."""
+    return min(MAX_CONVERSATION_TOKENS, config.longest_sequence)
 
 
 def _of_response_mean(
@@ -292,5 +326,19 @@ def _of_prefix_tokens(
     def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float[Array, "b d"]:
         hidden = deberta.apply(params, config, tokens, valid, dtype=dtype)
         return jnp.take_along_axis(hidden, marks[..., None], axis=1).reshape(len(tokens), -1)
+
+    return encode, read
+
+
+def _of_last_token(config: ModelConfig, tokenizer: Tokenizer, directory: Path, dtype: Any) -> tuple[_Encode, _Read]:
+    """A decoder: its sequences are padded on the left, so that all end together; the marks are not needed."""
+    encode_pair = conversation_encoder(directory, tokenizer, longest_conversation(config), as_pair=False)
+    encode_pair("Q", "A")  # a template that takes no conversation says so now
+
+    def encode(prompt: str, responses: Sequence[str]) -> list[_Row]:
+        return [(encode_pair(prompt, response), (0, 0)) for response in responses]
+
+    def read(params: Params, tokens: _Tokens, valid: _Valid, marks: _Places) -> Float[Array, "b d"]:
+        return decoder.final(params, config, decoder.hidden_states(params, config, tokens, valid, dtype=dtype)[:, -1])
 
     return encode, read

@@ -493,14 +493,15 @@ def trunk_step(trunk: Config, config: FeatureSettings, shape: Callable[..., Any]
       config: FeatureSettings.
       shape: dtype and sizes -> a shape that is whole on every device.
     """
-    params = partition.abstract(hf.abstract(trunk), config.trunk_dtype)
-    apply: Any  # the two take configurations of their own kinds
+    width = features.width_as_trunk(trunk)
+    params = partition.abstract(features.trunk_specs(trunk), config.trunk_dtype)
+    apply: Any  # each takes configurations of its own kind
     if isinstance(trunk, DebertaConfig):
-        apply, width, longest = deberta.apply, 2 * trunk.d_model, features.MAX_TOKENS
+        apply, longest = deberta.apply, features.MAX_TOKENS
     elif isinstance(trunk, EncoderConfig):
-        apply, width, longest = encoder.apply, trunk.d_model, trunk.max_positions
+        apply, longest = encoder.apply, trunk.max_positions
     else:
-        raise ValueError("expected an encoder, found a decoder")
+        apply, longest = decoder.hidden_states, features.longest_conversation(trunk)
     size = (config.trunk_batch_size, longest)
     step = jax.jit(lambda params, *inputs: apply(params, trunk, *partition.batches(inputs), dtype=config.trunk_dtype))
     return bytes_per_device(params), lambda: step.lower(params, shape(jnp.int32, *size), shape(jnp.bool_, *size)), width

@@ -15,6 +15,7 @@ from sea_jax.models import encoder
 from sea_jax.models.checkpoints import hf, tiny_random
 from sea_jax.models.checkpoints.config_json import from_hf
 from sea_jax.models.config import EncoderConfig
+from sea_jax.oracles.reward_model import reward_model_scores
 from sea_jax.types import Candidates
 from tests.support import tiny
 
@@ -135,7 +136,19 @@ def test_the_reference_reads_a_few_prompts_at_a_time_to_the_same_features(
         np.testing.assert_allclose(found[row, column], hidden[len(prompt) :].mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_a_decoder_is_refused_as_a_trunk() -> None:
+def test_a_reward_model_that_is_a_decoder_gives_what_it_scores_from(tmp_path: Path) -> None:
+    directory = tmp_path / "reward"
+    tiny_random.write(directory, "tiny-random-llama-reward", changes={"max_position_embeddings": 128})
+    prompts, texts = ["why is sea salt", "wet " * 60], [["it is", "salt"], ["sea" * 50, ""]]
+    found = features.of_trunk(str(directory), dtype="float32", batch_size=3)({"prompt": prompts}, NOTHING, texts)
+    assert found.shape == (2, 2, features.trunk_width(str(directory))) == (2, 2, 32)
+    scores = reward_model_scores(str(directory), dtype="float32", batch_size=4, max_tokens=128)
+    expected = scores([prompt for prompt in prompts for _ in range(2)], [text for row in texts for text in row])
+    np.testing.assert_allclose(found.reshape(4, 32) @ hf.load(directory).params["score"], expected, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+def test_a_decoder_that_does_not_score_is_refused_as_a_trunk() -> None:
     of_trunk = partial(features.of_trunk, dtype="float32", batch_size=16)
     for refuses in (of_trunk, features.trunk_width):
         with pytest.raises(ValueError, match=r"expected a BERT or DeBERTa"):

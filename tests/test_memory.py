@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from configs import tldr
+from configs import tldr, ultrafeedback
 from sea_jax import ensemble, features, memory, wiring
 from sea_jax.actors import generation
 from sea_jax.config import RunSettings, resolve, unchecked
@@ -230,6 +230,20 @@ def test_published_sizes_are_those_that_the_names_promise(size: str, parameters:
     model = memory.describe(tldr.POLICIES[size])
     specs = jax.tree.leaves(memory.hf.abstract(model))
     assert sum(memory.math.prod(spec.shape) for spec in specs) == pytest.approx(parameters, rel=0.01)
+
+
+def test_published_sizes_of_the_general_setting() -> None:
+    def count(tree: Params) -> int:
+        return sum(memory.math.prod(spec.shape) for spec in jax.tree.leaves(tree))
+
+    for choice, policy, trunk in (("llama3", 8.03e9, 0.43e9), ("noise", 1.236e9, 1.236e9)):
+        config = ultrafeedback.get_config(choice)
+        assert count(memory.hf.abstract(memory.describe(config.policy.source))) == pytest.approx(policy, rel=0.002)
+        assert count(features.trunk_specs(memory.describe(config.erm.trunk))) == pytest.approx(trunk, rel=0.02)
+        # 7.51B as the hub counts it: without an unembedding, with the gating network's 6.3M.
+        assert count(memory.hf.abstract(memory.describe(config.oracle.reward_model))) == pytest.approx(
+            7.511e9, rel=0.001
+        )
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:

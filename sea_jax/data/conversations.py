@@ -1,7 +1,12 @@
 """Prompts of several turns: messages to a chat template, one text to everybody else."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from sea_jax.models.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # "role" and "content", and whatever else a chat template reads
 
@@ -96,3 +101,59 @@ def parse_answer(value: object) -> str:
             f"holds messages of {', '.join(message['role'] for message in messages)}; one of the assistant is expected"
         )
     return messages[0]["content"]
+
+
+def conversation_encoder(
+    directory: Path, tokenizer: Tokenizer, max_tokens: int, *, as_pair: bool
+) -> Callable[[str, str], list[int]]:
+    """Returns how a prompt and its response become the token ids that a reward model reads.
+
+    They become the turns of user and assistant in its tokenizer's chat template, those of a conversation as they are; without
+    a template, one text with a
+    space between them, unless there is one, and the EOS behind it (TL;DR models). It ends with the last token that is
+    not the padding token of its config.json: there transformers reads the score. An encoder reads them as a pair,
+    [CLS] prompt [SEP] response [SEP].
+
+    Args:
+      directory: holds the reward model's config.json.
+      tokenizer: its own.
+      max_tokens: of prompt and response together; the beginning of a longer prompt is cut. A response that alone is
+        longer stays whole.
+      as_pair: the reward model is an encoder.
+    """
+    padding = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+
+    def encode(prompt: str, response: str) -> list[int]:
+        shown = (
+            prompt if tokenizer.backend.chat_template and not as_pair else str(prompt)
+        )  # of a conversation, its text
+
+        def without(dropped: int) -> list[int]:
+            kept = without_beginning(shown, dropped)
+            if as_pair:
+                first, second = (tokenizer.encode(tokenizer.quoted(text)) for text in (kept, response))
+                return first + second[1:]
+            return _conversation(tokenizer, kept, response)
+
+        ids = without(0)
+        if len(ids) > max_tokens:
+            # By characters rather than tokens, since a token may be a part of a character.
+            ids = without(bisect.bisect_left(range(len(prompt)), True, key=lambda n: len(without(n)) <= max_tokens))
+        if as_pair:
+            return ids
+        end = max((i for i, token in enumerate(ids) if token != padding), default=0)
+        return ids[: end + 1]
+
+    return encode
+
+
+def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
+    """The token ids of a prompt and its response as a reward model reads them."""
+    if tokenizer.backend.chat_template:
+        said = [*messages_of(prompt), {"role": "assistant", "content": response}]
+        turns = [{**message, "content": tokenizer.quoted(message["content"])} for message in said]
+        # The template writes the BOS.
+        return tokenizer.encode(tokenizer.chat(turns, generation_prompt=False), add_special=False)
+    apart = prompt[-1:].isspace() or response[:1].isspace()
+    ids = tokenizer.encode(f"{tokenizer.quoted(prompt)}{'' if apart else ' '}{tokenizer.quoted(response)}")
+    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]

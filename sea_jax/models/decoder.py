@@ -251,6 +251,16 @@ def final(params: Params, config: ModelConfig, hidden: Float[Array, "*N d"]) -> 
     return _norm(hidden, params["final_norm"], config)
 
 
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: Int[AnyArray, "N S"], valid: Bool[AnyArray, "N S"], *, dtype: Any
+) -> Float[Array, "N S d"]:
+    """Runs all layers over plain sequences, padded on the left; the states are those before the last norm."""
+    streams = embed(params, config, tokens, valid, dtype=dtype)
+    for stack in params["stacks"]:
+        streams, _ = run_stack(stack, config, streams)
+    return streams.prompt
+
+
 def unembedding(params: Params) -> Float[Array, "V d"]:
     """The matrix whose rows score the tokens, the embeddings themselves where they are tied."""
     return params["unembed"] if "unembed" in params else params["embed"]

@@ -60,12 +60,10 @@ def apply(
         head = params["classifier"]
         scores = pooled @ head["kernel"].astype(jnp.float32) + head["bias"].astype(jnp.float32)
         return partition.whole(scores[:, 0])
-    streams = decoder.embed(params, config, tokens, valid, dtype=dtype)
-    for stack in params["stacks"]:
-        streams, _ = decoder.run_stack(stack, config, streams)
-    last = decoder.final(params, config, streams.prompt[:, -1])
+    hidden = decoder.hidden_states(params, config, tokens, valid, dtype=dtype)
+    last = decoder.final(params, config, hidden[:, -1])
     if config.gating:
         where = objectives.starts(tokens, header)[:, None, None]
-        prompt = decoder.final(params, config, jnp.take_along_axis(streams.prompt, where, axis=1)[:, 0])
+        prompt = decoder.final(params, config, jnp.take_along_axis(hidden, where, axis=1)[:, 0])
         return partition.whole(objectives.score(params, config.gating, last, prompt))
     return partition.whole(last.astype(jnp.float32) @ params["score"].astype(jnp.float32))

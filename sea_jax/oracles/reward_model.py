@@ -1,7 +1,5 @@
 """The scores of a reward model, in this process or served by another."""
 
-import bisect
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Real
 
 from sea_jax.data import batching
-from sea_jax.data.conversations import messages_of, without_beginning
+from sea_jax.data.conversations import conversation_encoder
 from sea_jax.models import partition, tokenizer
 from sea_jax.models import reward as reward_models
 from sea_jax.models.checkpoints import hf
@@ -23,50 +21,6 @@ from sea_jax.models.tokenizer import Tokenizer
 from sea_jax.types import Reward
 
 REWARD_BUCKET = 64  # tokens; texts of a reward model are padded to a multiple of it
-
-
-def conversation_encoder(
-    directory: Path, tokenizer: Tokenizer, max_tokens: int, *, as_pair: bool
-) -> Callable[[str, str], list[int]]:
-    """Returns how a prompt and its response become the token ids that a reward model reads.
-
-    They become the turns of user and assistant in its tokenizer's chat template, those of a conversation as they are; without
-    a template, one text with a
-    space between them, unless there is one, and the EOS behind it (TL;DR models). It ends with the last token that is
-    not the padding token of its config.json: there transformers reads the score. An encoder reads them as a pair,
-    [CLS] prompt [SEP] response [SEP].
-
-    Args:
-      directory: holds the reward model's config.json.
-      tokenizer: its own.
-      max_tokens: of prompt and response together; the beginning of a longer prompt is cut. A response that alone is
-        longer stays whole.
-      as_pair: the reward model is an encoder.
-    """
-    padding = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
-
-    def encode(prompt: str, response: str) -> list[int]:
-        shown = (
-            prompt if tokenizer.backend.chat_template and not as_pair else str(prompt)
-        )  # of a conversation, its text
-
-        def without(dropped: int) -> list[int]:
-            kept = without_beginning(shown, dropped)
-            if as_pair:
-                first, second = (tokenizer.encode(tokenizer.quoted(text)) for text in (kept, response))
-                return first + second[1:]
-            return _conversation(tokenizer, kept, response)
-
-        ids = without(0)
-        if len(ids) > max_tokens:
-            # By characters rather than tokens, since a token may be a part of a character.
-            ids = without(bisect.bisect_left(range(len(prompt)), True, key=lambda n: len(without(n)) <= max_tokens))
-        if as_pair:
-            return ids
-        end = max((i for i, token in enumerate(ids) if token != padding), default=0)
-        return ids[: end + 1]
-
-    return encode
 
 
 def reward_model_scores(
@@ -196,15 +150,3 @@ def _check_gated(ids: Sequence[int], header: tuple[int, ...], *, here: bool) -> 
             f"its chat template does not put {HEADER} before an answer, where its gating network reads the prompt; take the "
             "template that it was published with"
         )
-
-
-def _conversation(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
-    """The token ids of a prompt and its response as a reward model reads them."""
-    if tokenizer.backend.chat_template:
-        said = [*messages_of(prompt), {"role": "assistant", "content": response}]
-        turns = [{**message, "content": tokenizer.quoted(message["content"])} for message in said]
-        # The template writes the BOS.
-        return tokenizer.encode(tokenizer.chat(turns, generation_prompt=False), add_special=False)
-    apart = prompt[-1:].isspace() or response[:1].isspace()
-    ids = tokenizer.encode(f"{tokenizer.quoted(prompt)}{'' if apart else ' '}{tokenizer.quoted(response)}")
-    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
