@@ -244,25 +244,29 @@ def paired(
 
 @dataclass(frozen=True)
 class LabelCurve:
-    """A win rate against the starting policy as a function of the labels n: w(n) = 1 - (n / scale)^-exponent / 2.
+    """A win rate against the starting policy as a function of the labels n: w(n) = 1 - exp(height) n^-exponent / 2.
 
-    The form in which "Efficient Exploration at Scale" (https://arxiv.org/abs/2603.17378) compares methods.
+    The form in which "Efficient Exploration at Scale" (https://arxiv.org/abs/2603.17378) compares methods, 1 - (n / a)^-b / 2,
+    but that a flat curve has a height, too, and no a.
 
     Args:
-      scale: labels at which w is one half, as the curve is continued.
-      exponent: how fast what is still lost goes; below 0 for a policy that becomes worse.
+      height: b ln a, the logarithm of what is still lost at one label, as a share of one half.
+      exponent: b, how fast that goes; below 0 for a policy that becomes worse.
     """
 
-    scale: float
+    height: float
     exponent: float
 
     def win_rate(self, labels: float) -> float:
         """Returns w(n)."""
-        return float(1 - 0.5 * (labels / self.scale) ** -self.exponent)
+        return float(1 - 0.5 * np.exp(self.height - self.exponent * np.log(labels)))
 
     def labels(self, win_rate: float) -> float:
-        """Returns the n at which w(n) is a win rate; infinity where the curve does not rise."""
-        return float(self.scale * (2 * (1 - win_rate)) ** (-1 / self.exponent)) if self.exponent > 0 else math.inf
+        """Returns the n at which w(n) is a win rate; infinity where the curve does not rise, or is too flat for a number."""
+        if self.exponent <= 0:
+            return math.inf
+        with np.errstate(over="ignore"):
+            return float(np.exp((self.height - np.log(2 * (1 - win_rate))) / self.exponent))
 
 
 def fit_label_curve(labels: Sequence[float] | Real[np.ndarray, " Q"], rates: Real[np.ndarray, " Q"]) -> LabelCurve:
@@ -282,7 +286,7 @@ def fit_label_curve(labels: Sequence[float] | Real[np.ndarray, " Q"], rates: Rea
             f"{counts.tolist()}"
         )
     slope, height = np.polyfit(np.log(counts), np.log(2 * (1 - known)), 1)
-    return LabelCurve(scale=float(np.exp(-height / slope)), exponent=float(-slope))
+    return LabelCurve(height=float(height), exponent=float(-slope))
 
 
 def label_gain(labels: Sequence[float] | Real[np.ndarray, " Q"], method: Rates, baseline: Rates, at: float) -> Interval:
@@ -305,7 +309,8 @@ def label_gain(labels: Sequence[float] | Real[np.ndarray, " Q"], method: Rates, 
     draw = np.random.default_rng(0)
     count = len(method)
     resampled = [gain(draw.integers(0, count, count)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    bounds = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.quantile(resampled, bounds, method="nearest")  # nothing lies between two infinities
     return Interval(gain(np.arange(count)), float(low), float(high), count)
 
 

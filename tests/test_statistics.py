@@ -111,7 +111,7 @@ def test_paired_differences_lose_what_the_seeds_have_in_common():
 def test_a_label_curve_is_found_again_and_read_both_ways():
     labels = np.array([64.0, 128, 256, 512])
     curve = statistics.fit_label_curve(labels, 1 - 0.5 * (labels / 32) ** -0.5)
-    assert (curve.scale, curve.exponent) == (pytest.approx(32), pytest.approx(0.5))
+    assert (curve.height, curve.exponent) == (pytest.approx(0.5 * math.log(32)), pytest.approx(0.5))
     assert curve.win_rate(128) == pytest.approx(0.75)
     assert curve.labels(0.75) == pytest.approx(128)
     with pytest.raises(ValueError, match="below 1"):
@@ -124,6 +124,17 @@ def test_the_gain_is_how_many_more_labels_the_baseline_needs():
     method = np.tile(1 - 0.5 * (labels / 8) ** -0.5, (4, 1))  # what the baseline has at 4 n
     gain = statistics.label_gain(labels, method, baseline, 256)
     assert (gain.mean, gain.low, gain.high) == (pytest.approx(4), pytest.approx(4), pytest.approx(4))
+
+
+def test_a_curve_that_is_as_good_as_flat_has_a_gain_too():
+    labels = np.array([64.0, 128, 256, 512])
+    baseline = np.tile(1 - 0.5 * (labels / 32) ** -0.5, (2, 1))
+    # Almost nothing is won with more labels, or almost nothing lost: (n / a)^-b with an a beyond every number.
+    nearly_flat = np.stack([0.55 + sign * 1e-6 * np.log(labels) for sign in (1, -1)])
+    gain = statistics.label_gain(labels, nearly_flat, baseline, 256)
+    assert gain.high == pytest.approx(32 / (2 * 0.45) ** 2 / 256, rel=1e-3)
+    gain = statistics.label_gain(labels, baseline, nearly_flat, 256)
+    assert (gain.low > 1e9, gain.high) == (True, math.inf)
 
 
 def test_labels_to_reach_a_win_rate_lie_between_two_points_or_nowhere():
