@@ -96,6 +96,9 @@ def evaluate(
         evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export, export_dtype=export_dtype)
 
 
+LEARNT_FROM = "replay/added"  # labels, in a run's state
+
+
 def evaluate_on(
     mesh: Mesh,
     config: RunSettings,
@@ -123,6 +126,11 @@ def evaluate_on(
     check_prompts(workdir, fingerprint((), parts.heldout_prompts, parts.policy.tokenizer), training=False)
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
+    if best_of and not int(state[LEARNT_FROM]):
+        raise ValueError(
+            f"--best_of={best_of}: the ensemble in the checkpoint of step {step} has learnt from no label (method="
+            f"{config.method}), so its best is any of them; leave --best_of out"
+        )
 
     # -------------------------------------------------------------------------------------------------------------- Responses
     few = min(config.eval.best_of_n_prompts, len(parts.heldout_prompts)) if best_of else 0
@@ -254,7 +262,7 @@ def fitting_mesh(config: RunSettings) -> tuple[int, ...]:
 
 
 def wanted(config: RunSettings, parts: wiring.Parts, mesh: Mesh, ensemble_too: bool) -> dict[str, Any]:
-    """Returns which parts of a run's state an evaluation reads, and where they lie: neither Adam's moments nor the replay.
+    """Returns which parts of a run's state an evaluation reads, and where they lie: neither Adam's moments nor the replay's pairs.
 
     Args:
       config: the run's configuration.
@@ -271,11 +279,12 @@ def wanted(config: RunSettings, parts: wiring.Parts, mesh: Mesh, ensemble_too: b
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
     heads = jax.eval_shape(lambda key: ensemble.init(config.erm, parts.num_features, key), jax.random.key(0))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return {
         "learner/trained": jax.tree.map(lambda x: placed(x, x.sharding, jnp.float32), parts.policy.reference),
-        "learner/step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        "learner/step": count,
         "queries": 0,
-    } | ({"ensemble": jax.tree.map(placed, heads)} if ensemble_too else {})
+    } | ({"ensemble": jax.tree.map(placed, heads), LEARNT_FROM: count} if ensemble_too else {})
 
 
 @contextmanager

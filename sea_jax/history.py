@@ -1,5 +1,6 @@
 """What a run left in its work directory, read back: evaluations, curves, seeds of one method."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sea_jax import config as configuration
+from sea_jax.data.fingerprint import PROMPTS_FILE
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
 from sea_jax.oracles.paid_answers import Spent, read_spent
 from sea_jax.runtime.files import read_lines
@@ -59,6 +61,7 @@ class Run:
     erm_labels: int
     evaluation_answers: Mapping[str, int]  # who was asked by evaluations -> pairs answered
     spent: Mapping[str, Spent]  # on chat models as judges, by the settings that name them
+    prompts: str  # tells its prompts from others; "": unknown
 
     @property
     def label(self) -> str:
@@ -127,7 +130,17 @@ def read_run(workdir: Path) -> Run:
         _require(path, lines, ("labeller",))
         answers.update(line["labeller"] for line in lines)
     metrics = _free_of_length(metrics, samples)
-    return Run(workdir, config, metrics, samples, paid_labels, len(labels) - paid_labels, answers, read_spent(workdir))
+    erm_labels, prompts = len(labels) - paid_labels, _read_prompts(workdir / PROMPTS_FILE)
+    return Run(workdir, config, metrics, samples, paid_labels, erm_labels, answers, read_spent(workdir), prompts)
+
+
+def _read_prompts(path: Path) -> str:
+    """A digest of the texts that a run trains on and is measured on."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_bytes())
+    texts = json.dumps([found.get("training_texts"), found.get("heldout_texts")])
+    return hashlib.sha256(texts.encode()).hexdigest()[:8]
 
 
 def _free_of_length(metrics: Sequence[Line], samples: Sequence[Line]) -> list[Line]:
@@ -307,6 +320,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The fields of a run's configuration on which its numbers depend."""
+    """The fields of a run's configuration on which its numbers depend, and which prompts they were at the time."""
     left_out = configuration.MAY_DIFFER | {"seed"}
-    return {name: value for name, value in configuration.flatten(run.config).items() if name not in left_out}
+    fields = {name: value for name, value in configuration.flatten(run.config).items() if name not in left_out}
+    return fields | {"prompts": run.prompts}

@@ -12,7 +12,7 @@ from absl import logging
 
 from sea_jax import config as configuration
 from sea_jax.config import RunSettings
-from sea_jax.data.fingerprint import Fingerprint, other_heldout, other_training, otherwise_read
+from sea_jax.data.fingerprint import PROMPTS_FILE, Fingerprint, other_heldout, other_training, otherwise_read
 from sea_jax.models.checkpoints import hf
 from sea_jax.oracles import judge
 from sea_jax.oracles.ledger import Ledger
@@ -20,7 +20,7 @@ from sea_jax.policy import FINGERPRINT_FILE
 from sea_jax.runtime import files, processes
 from sea_jax.settings import walk
 
-PROMPTS_FILE, MODELS_FILE = "prompts_id", "models_id"
+MODELS_FILE = "models_id"
 
 
 def saved_settings(workdir: Path) -> RunSettings:

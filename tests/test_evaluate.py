@@ -36,6 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.learner.learning_rate = 3e-2
     config.oracle.kind = "tests.support.taste:arbitrary"
     config.eval.against_references = True
+    config.checkpoint.keep = 99
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.train(config, workdir)
     return workdir
@@ -354,6 +355,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     ),
     "another model": (another_model, {}, r"is a checkpoint of another model: learner/trained/"),
     "another ensemble": (edited("erm.num_heads", 5), {"best_of": 2}, r"another model: ensemble/.*\[4, .*\[5, "),
+    "an ensemble without labels": (
+        nothing,
+        {"best_of": 2, "step": 0},
+        r"--best_of=2: the ensemble in the checkpoint of step 0 has learnt from no label \(method=sea\)",
+    ),
     "an export onto something": (nothing, {"export": ROOT / "configs"}, r"--export=.*configs is not empty"),
     "an export onto a file": (nothing, {"export": ROOT / "README.md"}, r"--export=.*README.md is a file"),
     "too many devices": (nothing, {"mesh": (64, 1, 1)}, r"config.mesh=\(64, 1, 1\): 64 devices"),

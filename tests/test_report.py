@@ -321,6 +321,11 @@ def test_runs_of_one_name_are_one_method_only_if_their_configurations_are(tmp_pa
     (tmp_path / "there").mkdir()
     runs["h"] = history.read_run(made_up_run(tmp_path / "there" / "a", [], config=CONFIG | far))
     assert labels("ah") == {"sea, a": "a", f"sea, {tmp_path / 'there' / 'a'}": "a"}
+    other = made_up_run(tmp_path / "i", [], config=CONFIG | {"seed": 9})
+    (other / "prompts_id").write_text('{"training_texts": "d5d8", "heldout_texts": ["963c"]}')
+    runs["i"] = history.read_run(other)
+    prompts = runs["i"].prompts
+    assert labels("abi") == {"sea, prompts=": "ab", f"sea, prompts={prompts}": "i"}
     with pytest.raises(ValueError, match=r"--workdir=.*/c and --workdir=.*/c are runs of one .* the same seed 0"):
         labels("acdc")
 

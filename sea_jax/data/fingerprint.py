@@ -11,6 +11,8 @@ from sea_jax.data.prompts import Rendered
 from sea_jax.data.records import Record, digest
 from sea_jax.models.tokenizer import Tokenizer
 
+PROMPTS_FILE = "prompts_id"  # in a work directory
+
 
 @dataclass(frozen=True)
 class Fingerprint:
