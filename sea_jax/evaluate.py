@@ -262,7 +262,7 @@ def fitting_mesh(config: RunSettings) -> tuple[int, ...]:
 
 
 def wanted(config: RunSettings, parts: wiring.Parts, mesh: Mesh, ensemble_too: bool) -> dict[str, Any]:
-    """Returns which parts of a run's state an evaluation reads, and where they lie: neither Adam's moments nor the replay's pairs.
+    """Returns which parts of a run's state an evaluation reads, and where they lie: no moments of Adam's, no pairs.
 
     Args:
       config: the run's configuration.
