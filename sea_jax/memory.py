@@ -31,6 +31,7 @@ from sea_jax.actors.responder import COMPARED
 from sea_jax.config import RunSettings
 from sea_jax.data import batching
 from sea_jax.features import FeatureSettings
+from sea_jax.initial_state import replay_capacity
 from sea_jax.learner import LearnerConfig
 from sea_jax.methods.reinforce import LOSSES as ON_GROUPS
 from sea_jax.models import deberta, decoder, encoder, partition, reward
@@ -424,7 +425,7 @@ def reward_heads(run: ShapedRun) -> tuple[dict[str, int], list[Step]]:
         steps.append(_reading_step("features", run, run.sampling))
         if run.best_of_n.num_samples:
             steps.append(_reading_step("best-of-N features", run, run.best_of_n))
-    replay = jax.eval_shape(functools.partial(empty_replay, wiring.replay_capacity(run.config), width))
+    replay = jax.eval_shape(functools.partial(empty_replay, replay_capacity(run.config), width))
     replay = partition.abstract_batches(replay)
     heads = whole(jax.eval_shape(lambda: ensemble.init(erm, width, jax.random.key(0))), run.mesh)
     held["ERM heads and replay"] = bytes_per_device(heads) + bytes_per_device(replay)

@@ -20,6 +20,7 @@ from sea_jax.config import RunSettings
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.data.prompts import training_batches
 from sea_jax.heldout import heldout_evaluation
+from sea_jax.initial_state import initial_state, replay_capacity
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles import oracle
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
@@ -110,7 +111,7 @@ def train_on(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
     )
     labeller = oracle.oracle(config.oracle, parts.preference)
-    initial = functools.partial(wiring.initial_state, config, parts, total_steps, len(carried), labeller)
+    initial = functools.partial(initial_state, config, parts, total_steps, len(carried), labeller)
 
     check_fingerprint(policy, workdir)
     prompts_id = fingerprint(parts.train_prompts, parts.heldout_prompts, policy.tokenizer)
@@ -168,7 +169,7 @@ def train_on(
             restored = checkpoint.restore(checkpoints, checkpoint.abstract(initial()), replay.RESIZABLE)
         state = initial() if restored is None else restored[1]
         num_carried = len(carried) or max(int(state.replay.added) - state.queries, 0)
-        if len(state.replay.labels) != (capacity := wiring.replay_capacity(config, num_carried)):
+        if len(state.replay.labels) != (capacity := replay_capacity(config, num_carried)):
             state = replace(state, replay=replay.resized(state.replay, capacity))
         if restored is None and carried:
             if agent.learn_rewards is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sea_jax import ensemble, evaluation, features, learner
+from sea_jax import evaluation, features
 from sea_jax.actors import generation
 from sea_jax.actors.bridge import bridge, connect
 from sea_jax.actors.generation import GenerationConfig
@@ -19,21 +19,17 @@ from sea_jax.actors.in_process import in_process
 from sea_jax.actors.responder import Responder, open_responder
 from sea_jax.actors.stop import ending
 from sea_jax.actors.texts import finished_by, texts_of
-from sea_jax.agent import FillSlots, State, named_keys, step_key
+from sea_jax.agent import FillSlots, named_keys, step_key
 from sea_jax.config import RunSettings
-from sea_jax.data import batching
 from sea_jax.data.prompts import Batch, Rendered, load_prompts
 from sea_jax.methods.by_name import METHODS
-from sea_jax.models import decoder, partition
-from sea_jax.open_pairs import OpenPairs, empty_open_pairs
 from sea_jax.oracles import oracle
 from sea_jax.policy import Policy, load_weights, read_files
 from sea_jax.policy_logprobs import under_policy
 from sea_jax.preflight import check_judge, check_length, check_mesh, check_reward_model, read_sources
-from sea_jax.replay import empty_replay
 from sea_jax.runtime import processes
 from sea_jax.settings import user_function
-from sea_jax.types import Array, Generate, LateOracle, Oracle, PolicyServers, Preference, Prompts
+from sea_jax.types import Array, Generate, PolicyServers, Preference, Prompts
 
 
 def method(settings: RunSettings) -> FillSlots:
@@ -202,50 +198,6 @@ def features_of_any(config: RunSettings, loaded: Parts) -> features.Featurize:
 def sampler_reads_features(config: RunSettings) -> bool:
     """Returns whether who writes reads the features of a response on the way: in this process, and all of the response."""
     return config.actor.kind == "in_process" and not config.sampling.stop
-
-
-def replay_capacity(config: RunSettings, num_carried: int = 0) -> int:
-    """Returns how many duels the replay holds: never more than the run pays for or began with, and always a batch."""
-    return max(min(config.erm.replay_capacity, num_carried + config.max_queries), config.data.batch_size)
-
-
-def initial_state(
-    config: RunSettings, loaded: Parts, total_steps: int, num_carried: int = 0, oracle: Oracle | None = None
-) -> State:
-    """Returns the state of a run before its first step.
-
-    Args:
-      config: RunSettings.
-      loaded: Parts.
-      total_steps: policy steps of the schedule.
-      num_carried: labels of another run that the replay must have room for as well.
-      oracle: for whose late answers there is room; None: nobody's.
-    """
-    model, initial = loaded.policy.config, loaded.policy.initial
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    return State(
-        learner=learner.init(
-            partition.put(initial, decoder.specs(model, initial)),
-            learner.configured(config.learner, total_steps=total_steps, dtype=config.policy.dtype),
-        ),
-        ensemble=ensemble.init(config.erm, loaded.num_features, key),
-        replay=empty_replay(replay_capacity(config, num_carried), loaded.num_features),
-        step=0,
-        queries=0,
-        batches=0,
-        open=room_for_open_pairs(config, loaded, oracle) if isinstance(oracle, LateOracle) else None,
-    )
-
-
-def room_for_open_pairs(config: RunSettings, loaded: Parts, oracle: LateOracle) -> OpenPairs:
-    """Returns room for all that can be open at a time: an oracle step is a policy step, and older pairs are withdrawn."""
-    longest = max(len(prompt.tokens) for prompt in loaded.train_prompts)
-    return empty_open_pairs(
-        config.data.batch_size * (oracle.max_staleness + 2),
-        batching.rounded(longest, config.data.bucket),
-        config.sampling.max_new_tokens,
-        loaded.num_features,
-    )
 
 
 def responder(

@@ -18,6 +18,7 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import evaluate, train, wiring
+from sea_jax.initial_state import initial_state
 from sea_jax.models import decoder
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh
@@ -174,7 +175,7 @@ def test_the_export_holds_the_frozen_and_the_trained_parameters(done: Done) -> N
         parts = wiring.parts(config, mesh, training=False)
         assert not parts.train_prompts  # nobody would read them
         with checkpoint.open_directory(done.workdir / "checkpoints", 9) as opened:
-            restored = checkpoint.restore(opened, wiring.initial_state(config, parts, 100))
+            restored = checkpoint.restore(opened, initial_state(config, parts, 100))
     assert restored is not None
     whole = decoder.join(parts.policy.frozen, restored[1].learner.trained)
     found = hf.load(done.policy, cuts=(1,)).params

@@ -18,6 +18,7 @@ from sea_jax.actors import generation
 from sea_jax.config import RunSettings, resolve, unchecked
 from sea_jax.data.prompts import evaluation_batches
 from sea_jax.heldout import heldout_evaluation
+from sea_jax.initial_state import initial_state
 from sea_jax.models.checkpoints import tiny_random
 from sea_jax.models.config import ModelConfig
 from sea_jax.models.mesh import make_mesh
@@ -37,7 +38,7 @@ def test_what_is_held_is_what_a_run_puts_on_each_device(shape: tuple[int, ...], 
     with jax.set_mesh(mesh):
         held, steps = memory.measure(config, mesh)
         parts = wiring.parts(config, mesh)
-        state = wiring.initial_state(config, parts, total_steps=1000)
+        state = initial_state(config, parts, total_steps=1000)
 
     def first_device_bytes(tree: object) -> int:
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from sea_jax import agent, train, wiring
 from sea_jax.config import resolve
+from sea_jax.initial_state import initial_state
 from sea_jax.models import partition
 from sea_jax.models.mesh import make_mesh, resolve_mesh
 from sea_jax.oracles.ledger import Ledger
@@ -115,7 +116,7 @@ def test_policy_reference_optimiser_and_replay_are_divided_and_so_is_what_is_res
 ) -> None:
     config = resolve(sharded_run.configured((2, 2, 2), models))
     parts = wiring.parts(config, cubic)
-    state = wiring.initial_state(config, parts, total_steps=10)
+    state = initial_state(config, parts, total_steps=10)
     with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
         checkpoint.save(checkpoints, 0, state)
     with checkpoint.open_directory(tmp_path, keep=1) as checkpoints:
