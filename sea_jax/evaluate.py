@@ -19,6 +19,7 @@ from sea_jax.config import RunSettings, checked
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.evaluation import ORACLE, Evaluation, EvaluationSettings, Responses, best_by, text_metrics
 from sea_jax.heldout import heldout_evaluation
+from sea_jax.judging import compare_judges
 from sea_jax.models.checkpoints import hf
 from sea_jax.models.mesh import make_mesh, mesh_sizes
 from sea_jax.oracles.asked_once import COMMAND_LEDGER, EVALUATION_LEDGER
@@ -50,6 +51,13 @@ MESH = flags.DEFINE_string(
     None,
     "Devices along data, fsdp and tensor, such as 1,-1,1; default: the run's own mesh if it fits, else 1,N,1.",
 )
+JUDGES = flags.DEFINE_multi_string(
+    "judges",
+    None,
+    "Instead of an evaluation: show the pairs that the run's oracle labelled to several judges and print how far they agree. "
+    "recorded (the labels as given), oracle, judge, or NAME:FIELD=VALUE,FIELD=VALUE with fields of eval.judge; repeatable.",
+)
+NUM_PAIRS = flags.DEFINE_integer("num_pairs", None, "With --judges: the oldest so many; default: all.", lower_bound=1)
 NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Held-out prompts; default: the run's own.", lower_bound=1)
 
 
@@ -462,6 +470,13 @@ def text_table(texts: Mapping[str, Mapping[str, float]], titles: Mapping[str, st
     return "\n".join(lines)
 
 
+def judged(workdir: Path, specs: Sequence[str], num_pairs: int | None) -> str:
+    """Returns how far judges agree on a run's pairs, see `compare_judges`; reward models lie on a mesh that fits."""
+    settings = saved_settings(workdir)
+    with jax.set_mesh(make_mesh(fitting_mesh(settings))):
+        return compare_judges(workdir, settings, specs, num_pairs)
+
+
 def mesh_shape(text: str) -> tuple[int, ...]:
     """Returns the numbers of --mesh.
 
@@ -484,6 +499,9 @@ def main() -> None:
     cache.keep_compiled_programs()
     console.prepare_devices()
     join_processes()
+    if JUDGES.value:
+        print(judged(Path(str(WORKDIR.value)), JUDGES.value, NUM_PAIRS.value))
+        return
     evaluate(
         Path(str(WORKDIR.value)),
         step=CHECKPOINT.value,

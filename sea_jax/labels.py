@@ -38,6 +38,7 @@ class Label:
       probability: the same before noise.
       labeller: who labelled, ORACLE, ERM or CUT.
       counted: it was paid for.
+      swapped: the second response was shown first.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Label:
     probability: float
     labeller: str
     counted: bool
+    swapped: bool
 
 
 def read_labels(workdir: Path) -> list[Label]:
@@ -83,7 +85,7 @@ def _label(line: Mapping[str, Any], texts: Mapping[str, str], workdir: Path, dat
             f"data.source={data.source}, data.path={data.path}, as it was when the oracle was asked; put the data back"
         )
     names = ("key", "prompt_id", "first", "second", "label", "probability", "labeller", "counted")
-    return Label(prompt=prompt, **{name: line[name] for name in names})
+    return Label(prompt=prompt, swapped=line.get("swapped", False), **{name: line[name] for name in names})
 
 
 Carried = tuple[Batch, Candidates, list[list[str]], Float32[np.ndarray, " B"], Bool[np.ndarray, " B"]]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Real
@@ -198,6 +199,17 @@ def _rate_at_equal_length(design: Float64[np.ndarray, "N P"], won: Float64[np.nd
 def wins_of(probability: Real[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
     """Returns who won: 1 above one half, 0 below it, 0.5 for a tie, NaN where it is not known."""
     return (np.sign(np.asarray(probability, np.float64) - 0.5) + 1) / 2
+
+
+def cohens_kappa(one: Sequence[Any] | Real[np.ndarray, " N"], other: Sequence[Any] | Real[np.ndarray, " N"]) -> float:
+    """Returns how far two raters agree beyond chance: (p_o - p_e) / (1 - p_e), of N > 0 choices each.
+
+    Cohen (1960), https://doi.org/10.1177/001316446002000104; NaN where both always say the same one thing.
+    """
+    first, second = np.asarray(one), np.asarray(other)
+    observed = float((first == second).mean())
+    expected = sum(float((first == name).mean() * (second == name).mean()) for name in np.unique(first))
+    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 def at_equal_length(

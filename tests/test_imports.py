@@ -14,12 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from lower lines and from its own folder, never from its own line or a higher one.
 RULE = """
 train sft evaluate memory export_labels fit
-heldout initial_state
+heldout initial_state judging
 wiring
 methods report labels
 preflight workdir history
 config
-agent evaluation
+agent evaluation agreement
 ensemble group_learner features policy_logprobs oracles actors
 data replay open_pairs learner policy
 models sampling losses

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from configs import tiny_random
-from sea_jax import train
+from sea_jax import evaluate, train
 from sea_jax.oracles import judge
 from sea_jax.oracles.paid_answers import CALLS_FILE, read_spent
 from tests.support.chat_server import INPUT_TOKENS, KEY, OUTPUT_TOKENS, ChatServer, settings
@@ -109,3 +109,40 @@ def test_another_question_under_the_same_name_is_not_gone_on_with(server: ChatSe
     path.write_text('{prompt}? "output": {first}\n} "output": {second}\n}')
     with pytest.raises(ValueError, match=r"oracle\.judge\.template"):
         train.train(config, tmp_path / "run")
+
+
+def test_judges_are_shown_the_pairs_of_a_run_and_agree_or_not(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(configured(server), tmp_path)
+    specs = [
+        "recorded",
+        "oracle",
+        f"turned:kind=judge,judge.url={server.url},judge.model=any,judge.key_environment=TEST_JUDGE_KEY,judge.both_orders=True,"
+        'judge.arguments={"seed": 3, "top_logprobs": 5},retries=1',
+        "letters:kind=configs.tiny_random:prefers_many_letters",
+    ]
+    asked = len(server.asked)
+    told = evaluate.judged(tmp_path, specs, None)
+    assert len(server.asked) == asked + 16  # what the oracle was asked is not paid for again
+    assert {body.get("seed") for body in server.asked[asked:]} == {3}
+    assert "| recorded, oracle | 8 | 1.000 [0.676, 1.000] | 1.000 |" in told
+    assert "| recorded, turned | 8 | 1.000 [0.676, 1.000] | 1.000 |" in told
+    assert "| turned | 8 of 8 | " in told
+    assert read_spent(tmp_path)["judges.turned.judge"].calls == 16
+    assert "| letters, " not in told
+    assert len(evaluate.judged(tmp_path, ["recorded"], 3).splitlines()) == 3
+    assert "| recorded | 3 of 3 |" in evaluate.judged(tmp_path, ["recorded"], 3)
+    for spec, message in {
+        "nobody": r"^--judges=nobody: must be recorded, oracle, judge, or NAME:FIELD=VALUE",
+        "a:kind=judge": r"^config\.judges\.a\.judge\.url='': a judge needs",
+        "a:judge.model=x": r"^--judges=a:judge\.model=x: kind is missing",
+        "a:sort=judge": r"^--judges=a:sort=judge: 'sort' is no field of eval\.judge",
+        "a:kind=judge,judge.samples=many": r"judge\.samples='many': invalid literal",
+        "a:kind=judge,judge.both_orders=yes": r"judge\.both_orders='yes': must be True or False",
+        "a:kind=somebody": r"kind='somebody': must be empty, one of embedding",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate.judged(tmp_path, [spec], None)
+    with pytest.raises(ValueError, match="there is another judge oracle"):
+        evaluate.judged(tmp_path, ["oracle", "oracle"], None)

@@ -140,7 +140,7 @@ def test_the_command_line_exports_or_says_why_not(
 
 def test_pairs_are_encoded_as_they_would_have_been_sampled(byte_tokenizer: Any) -> None:
     settings = configuration.resolve(tiny_random.get_config())
-    pairs = [Label(str(i), "id", f"p{i}", "ab", "abcdefgh", i / 4, 0.5, "oracle", True) for i in range(5)]
+    pairs = [Label(str(i), "id", f"p{i}", "ab", "abcdefgh", i / 4, 0.5, "oracle", True, False) for i in range(5)]
     batches = list(labels.batches(pairs, byte_tokenizer, settings.data, max_new_tokens=6))
     assert [counts.tolist() for *_, counts in batches] == [[True] * 4, [True, False, False, False]]
     batch, candidates, texts, values, _ = batches[0]
