@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="M, candidates of a prompt")
     parser.add_argument("--flip", type=float, default=0.0, help="share of the labels that are exchanged")
     parser.add_argument("--anchor", type=float, default=50.0, help="pull of the ERM's heads, as in the quickstart")
+    parser.add_argument("--erm_steps", type=int, default=2, help="gradient steps of the ERM per step")
     parser.add_argument("--oracle", choices=list(ORACLES), default="post")
     parser.add_argument("--features", choices=list(FEATURES), default="mean-12", help="what the ERM sees")
     parser.add_argument("--tune_by", default="policy/judge", help="what the search for the rate maximises")
@@ -184,6 +185,7 @@ def main() -> None:
     cache.keep_compiled_programs()
     pool = responses.load_or_write(arguments.prompts, arguments.responses)
     sizes = command.sizes_for(chosen, queries=arguments.queries, batch_size=8, num_samples=arguments.samples)
+    sizes = replace(sizes, ensemble=replace(sizes.ensemble, steps=arguments.erm_steps))
     grid = results.log_grid(arguments.queries, 4 * sizes.batch_size)
     noise = {"flip_probability": arguments.flip, "anchor_strength": arguments.anchor}
     results.run_all(
