@@ -108,10 +108,12 @@ def test_the_command_finds_that_the_policy_learns_what_the_oracle_likes_and_the_
     monkeypatch.setattr(responses, "load_or_write", load)
     path = tmp_path / "pool.json"
     command = f"pool --prompts=48 --responses=5 --queries=96 --seeds=2 --rates 0.3 --output={path}"
-    monkeypatch.setattr("sys.argv", [*command.split(), "--recipes", "passive_planning_4"])
+    monkeypatch.setattr("sys.argv", [*command.split(), "--recipes", "passive_planning_4", "--erm_steps=1"])
     pool.main()
     assert asked == [(48, 5)]
-    found = results.read(path).curves["passive_planning_4"]
+    written = results.read(path)
+    assert written.about["sizes"]["ensemble"]["steps"] == 1
+    found = written.curves["passive_planning_4"]
     assert found["policy/oracle"].shape[0] == 2
     np.testing.assert_allclose(found["policy/oracle"][:, 0], 0.5, atol=1e-4)
     last = {name: np.nanmax(found[f"policy/{name}"], axis=1) for name in ("oracle", "judge")}
