@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 
 from gpu_bridge import protocol
 from gpu_bridge.protocol import GenerateAnswer, GenerateRequest, Health, WeightsAnswer
+from gpu_bridge.server.backend import VLLM_SERVER
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("BRIDGE_PYTHON", ROOT / ".venv-bridge/bin/python"))
@@ -127,6 +129,35 @@ def running(kind: str, model: Path, *flags: str, ends: int = 0) -> Iterator[Serv
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == ends, (directory / "output").read_text()
         wait_until(lambda: not alive(started - {os.getpgrp()}))
+
+
+@contextlib.contextmanager
+def chatting(model: Path, *flags: str) -> Iterator[str]:
+    """Runs vLLM's own OpenAI server with a model, called judge, until it is ready; yields its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        *(str(PYTHON), "-m", VLLM_SERVER, "--model", str(model), "--served-model-name", "judge", "--host", "127.0.0.1"),
+        *("--port", str(port), "--api-key", TOKEN, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"),
+        *flags,
+    ]
+    unbound = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environment = {**unbound, **os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    with model.with_name("output").open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+            return False
+
+        wait_until(answers, process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        wait_until(lambda: not alive({process.pid}))
 
 
 def groups(mark: str) -> set[int]:
