@@ -15,6 +15,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sea_jax import ensemble, wiring
+from sea_jax.alpaca_eval import AlpacaEval, outputs, read_instructions, rendered
 from sea_jax.config import RunSettings, checked
 from sea_jax.data.fingerprint import fingerprint
 from sea_jax.evaluation import ORACLE, Evaluation, EvaluationSettings, Responses, best_by, text_metrics
@@ -58,6 +59,17 @@ JUDGES = flags.DEFINE_multi_string(
     "recorded (the labels as given), oracle, judge, or NAME:FIELD=VALUE,FIELD=VALUE with fields of eval.judge; repeatable.",
 )
 NUM_PAIRS = flags.DEFINE_integer("num_pairs", None, "With --judges: the oldest so many; default: all.", lower_bound=1)
+ALPACA_EVAL = flags.DEFINE_string(
+    "alpaca_eval",
+    None,
+    "Also answer the instructions of this file, such as alpaca_eval.json, for the alpaca-eval package.",
+)
+ALPACA_TEMPERATURE = flags.DEFINE_float(
+    "alpaca_temperature", 0.9, "At which these responses are sampled (paper, App. F.2); 0: greedily.", lower_bound=0
+)
+ALPACA_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "alpaca_max_new_tokens", None, "Of each of them; default: the run's eval.max_new_tokens.", lower_bound=1
+)
 NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Held-out prompts; default: the run's own.", lower_bound=1)
 
 
@@ -70,6 +82,7 @@ def evaluate(
     export_dtype: str = "",
     mesh: Sequence[int] | None = None,
     num_prompts: int | None = None,
+    alpaca: AlpacaEval | None = None,
 ) -> None:
     """Measures a checkpoint's policy on held-out prompts, writes numbers and responses into the work directory, and exports.
 
@@ -82,6 +95,7 @@ def evaluate(
       export_dtype: of its weights; "": as of `export_policy`.
       mesh: devices along "data", "fsdp" and "tensor"; None: see `fitting_mesh`.
       num_prompts: held-out prompts; None: as many as the run's own evaluations.
+      alpaca: instructions that the policy also answers, for AlpacaEval's own package; None: there are none.
 
     Raises:
       ValueError: a flag, the work directory or a checkpoint does not fit.
@@ -101,7 +115,9 @@ def evaluate(
     made = make_mesh(checked(replace(settings, mesh=(data, fsdp, tensor))).mesh)
     settings = replace(settings, mesh=mesh_sizes(made))
     with jax.set_mesh(made):
-        evaluate_on(made, settings, workdir, step=step, best_of=best_of, export=export, export_dtype=export_dtype)
+        evaluate_on(
+            made, settings, workdir, step=step, best_of=best_of, export=export, export_dtype=export_dtype, alpaca=alpaca
+        )
 
 
 LEARNT_FROM = "replay/added"  # labels, in a run's state
@@ -116,6 +132,7 @@ def evaluate_on(
     best_of: int,
     export: Path | None,
     export_dtype: str,
+    alpaca: AlpacaEval | None,
 ) -> None:
     """Evaluates on a mesh that is set; everything else as in `evaluate`.
 
@@ -127,11 +144,13 @@ def evaluate_on(
       best_of: N, or 0.
       export: where to, or None.
       export_dtype: of the weights there.
+      alpaca: AlpacaEval, or None.
     """
     # --------------------------------------------------------------------------------------------------------- What is there
     parts = wiring.parts(config, mesh, training=False, began=beginning(workdir), workdir=workdir)
     check_fingerprint(parts.policy, workdir)
     check_prompts(workdir, fingerprint((), parts.heldout_prompts, parts.policy.tokenizer), training=False)
+    asked_besides = rendered(alpaca, config, parts) if alpaca else []
     step, state = checkpoint.read(workdir / "checkpoints", wanted(config, parts, mesh, bool(best_of)), step)
     trained, version = state["learner/trained"], int(state["learner/step"])
     if best_of and not int(state[LEARNT_FROM]):
@@ -155,6 +174,10 @@ def evaluate_on(
             if best_of:
                 written["best_of_n"] = heldout.best_of_n(trained, state["ensemble"], version)
         comparisons = compared(heldout, written)
+
+    answered = (
+        outputs(alpaca, asked_besides, config, parts, trained, version, f"{config.name}-{step}") if alpaca else []
+    )
 
     # ------------------------------------------------------------------------------------------------------ Numbers, export
     lengths = {name: float(responses.lengths.mean()) for name, responses in written.items()}
@@ -194,6 +217,13 @@ def evaluate_on(
         print(
             f"\nThe numbers are in {workdir / f'evaluation-{step}.json'}, the responses in responses-{step}.jsonl beside it."
         )
+        if alpaca:
+            answers = workdir / f"alpaca_eval-{step}.json"
+            files.write_whole(answers, json.dumps(answered, indent=2, ensure_ascii=False) + "\n")
+            print(
+                f"{len(alpaca.instructions)} outputs at temperature {alpaca.temperature:g} are in {answers}: "
+                f"alpaca_eval --model_outputs={answers}"
+            )
     if export is not None:
         export_policy(parts.policy, trained, export, export_dtype)
         if processes.is_first():
@@ -496,6 +526,14 @@ def main() -> None:
     """Reads the flags and evaluates."""
     if console.CONFIG.value is not None:
         raise ValueError("--config: the configuration is the work directory's config.json; leave it out")
+    workdir = Path(str(WORKDIR.value))
+    alpaca = None
+    if ALPACA_EVAL.value is not None:
+        alpaca = AlpacaEval(
+            read_instructions(Path(ALPACA_EVAL.value).expanduser()),
+            ALPACA_TEMPERATURE.value,
+            ALPACA_MAX_NEW_TOKENS.value or saved_settings(workdir).eval.max_new_tokens,
+        )
     cache.keep_compiled_programs()
     console.prepare_devices()
     join_processes()
@@ -503,13 +541,14 @@ def main() -> None:
         print(judged(Path(str(WORKDIR.value)), JUDGES.value, NUM_PAIRS.value))
         return
     evaluate(
-        Path(str(WORKDIR.value)),
+        workdir,
         step=CHECKPOINT.value,
         best_of=BEST_OF.value or 0,
         export=None if EXPORT.value is None else Path(EXPORT.value).expanduser(),
         export_dtype=EXPORT_DTYPE.value or "",
         mesh=None if MESH.value is None else mesh_shape(MESH.value),
         num_prompts=NUM_PROMPTS.value,
+        alpaca=alpaca,
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from configs import tiny_random
 from sea_jax import evaluate, train, wiring
+from sea_jax.alpaca_eval import AlpacaEval
 from sea_jax.initial_state import initial_state
 from sea_jax.models import decoder
 from sea_jax.models.checkpoints import hf
@@ -72,7 +73,15 @@ LOGGED_AS = {
 
 
 def test_the_last_checkpoint_gives_what_the_run_itself_logged_bit_for_bit(run: Path) -> None:
-    evaluate.evaluate(run, best_of=2)
+    asked = [{"instruction": "Why is the sea salt?", "dataset": "koala"}] * 2 + [
+        {"instruction": f"What is {n}?"} for n in range(3)
+    ]
+    evaluate.evaluate(run, best_of=2, alpaca=AlpacaEval(asked, temperature=0.9, max_new_tokens=12))
+    answered = json.loads((run / f"alpaca_eval-{newest(run)}.json").read_text())
+    assert [{name: row[name] for name in row if name not in ("output", "generator")} for row in answered] == asked
+    assert {row["generator"] for row in answered} == {f"tiny_random-{newest(run)}"}
+    assert answered[0]["output"] != answered[1]["output"]  # sampled: the same instruction twice
+    assert all(isinstance(row["output"], str) for row in answered)
     logged, found = lines(run / "metrics.jsonl")[-1], numbers(run, newest(run))
     assert (found["step"], found["queries"]) == (logged["step"], 24)
     assert found["policy_steps"] == logged["misc/gradient_steps"]
@@ -363,6 +372,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     ),
     "an export onto something": (nothing, {"export": ROOT / "configs"}, r"--export=.*configs is not empty"),
     "an export onto a file": (nothing, {"export": ROOT / "README.md"}, r"--export=.*README.md is a file"),
+    "no room to answer AlpacaEval": (
+        nothing,
+        {"alpaca": AlpacaEval([{"instruction": "Why?"}, {"instruction": "long " * 60}], 0.9, 8)},
+        r"--alpaca_eval: row 2, 'long .* has over 248 tokens, and the policy was made for 256 with a response of up to 8",
+    ),
+    "no room for any answer": (
+        nothing,
+        {"alpaca": AlpacaEval([{"instruction": "Why?"}], 0.9, 256)},
+        r"--alpaca_max_new_tokens=256: the policy was made for 256 tokens",
+    ),
     "too many devices": (nothing, {"mesh": (64, 1, 1)}, r"config.mesh=\(64, 1, 1\): 64 devices"),
 }
 

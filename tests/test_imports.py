@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from lower lines and from its own folder, never from its own line or a higher one.
 RULE = """
 train sft evaluate memory export_labels fit
-heldout initial_state judging
+heldout initial_state judging alpaca_eval
 wiring
 methods report labels
 preflight workdir history
