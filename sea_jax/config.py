@@ -25,6 +25,8 @@ from sea_jax.learner import LearnerSettings
 from sea_jax.losses import LossSettings
 from sea_jax.models.checkpoints.hf import EXPORTED
 from sea_jax.oracles.oracle import OracleSettings, PreferenceSettings, own_scale
+from sea_jax.oracles.people import KIND as PEOPLE
+from sea_jax.oracles.people import PeopleSettings
 from sea_jax.policy import PolicySettings
 from sea_jax.replay import ReplaySettings
 from sea_jax.runtime.cache import PREFIX
@@ -76,6 +78,7 @@ class RunSettings:
     group: GroupSettings = section(GroupSettings)
     learner: LearnerSettings = section(LearnerSettings)
     oracle: OracleSettings = section(OracleSettings)
+    people: PeopleSettings = section(PeopleSettings)
     eval: EvaluationSettings = section(EvaluationSettings)
     checkpoint: CheckpointSettings = section(CheckpointSettings)
     metrics: MetricsSettings = section(MetricsSettings)
@@ -227,7 +230,10 @@ def resolve(config: ml_collections.ConfigDict) -> RunSettings:
       ValueError: one line per value that cannot work: its name, what was found, what would do.
     """
     whole: RunSettings = checked(_read(RunSettings, config))
-    return dataclasses.replace(whole, oracle=dataclasses.replace(whole.oracle, scale=own_scale(whole.oracle)))
+    evaluation = (
+        whole.eval if whole.oracle.kind != PEOPLE else replace(whole.eval, oracle=False)
+    )  # these are for labels
+    return replace(whole, oracle=replace(whole.oracle, scale=own_scale(whole.oracle)), eval=evaluation)
 
 
 def resolve_sft(config: ml_collections.ConfigDict) -> SftSettings:
@@ -332,6 +338,9 @@ MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retri
         f"eval.judge.{name}"
         for name in ("urls", "timeout_s", "retries", "concurrency", "max_abstentions", "batch_size")
     ),
+    *(
+        f"people.{field.name}" for field in dataclasses.fields(PeopleSettings)
+    ),  # who is asked; what they said is on record
     *("eval.oracle", "eval.likelihood_prompts"),  # what is measured besides changes nothing that is learnt
 }
 MAY_DIFFER |= {
@@ -379,6 +388,13 @@ def located(run: RunSettings) -> RunSettings:
         policy=replace(run.policy, source=if_there(run.policy.source)),
         erm=replace(run.erm, trunk=if_there(run.erm.trunk)),
         oracle=of_taste(run.oracle),
+        people=replace(
+            run.people,
+            guidelines=whole(run.people.guidelines),
+            checks=whole(run.people.checks),
+            tls_certificate=whole(run.people.tls_certificate),
+            tls_key=whole(run.people.tls_key),
+        ),
         eval=replace(run.eval, judge=of_taste(run.eval.judge)),
     )
 

@@ -110,7 +110,7 @@ def train_on(
     batches = training_batches(
         parts.train_prompts, batch_size=batch_size, seed=config.seed, **parts.padding(config.data.bucket)
     )
-    labeller = oracle.oracle(config.oracle, parts.preference)
+    labeller = oracle.oracle(config.oracle, parts.preference, config.people)
     initial = functools.partial(initial_state, config, parts, total_steps, len(carried), labeller)
 
     check_fingerprint(policy, workdir)
@@ -130,6 +130,7 @@ def train_on(
         ) as checkpoints,
         wiring.responder(config, parts, batches.__getitem__, workdir / "responses") as responder,
         Interrupts() as interrupts,
+        oracle.opened(labeller, workdir, config.max_queries, lambda: interrupts.requested),
     ):
         passive = sea.Agent(
             prompts=batches.__getitem__,

@@ -23,7 +23,7 @@ from sea_jax.agent import FillSlots, named_keys, step_key
 from sea_jax.config import RunSettings
 from sea_jax.data.prompts import Batch, Rendered, load_prompts
 from sea_jax.methods.by_name import METHODS
-from sea_jax.oracles import oracle
+from sea_jax.oracles import oracle, people
 from sea_jax.policy import Policy, load_weights, read_files
 from sea_jax.policy_logprobs import under_policy
 from sea_jax.preflight import check_judge, check_length, check_mesh, check_reward_model, read_sources
@@ -57,7 +57,7 @@ class Parts:
       policy: Policy.
       train_prompts: rendered; none where no policy step will be taken.
       heldout_prompts: rendered.
-      preference: the oracle's taste, free of noise.
+      preference: the oracle's taste, free of noise; None: people label, and are asked about nothing else.
       judge: that of who compares in evaluations besides; None: nobody does.
       sampling: how candidates are drawn.
       stop: texts that end a response.
@@ -72,7 +72,7 @@ class Parts:
     policy: Policy
     train_prompts: list[Rendered]
     heldout_prompts: list[Rendered]
-    preference: Preference
+    preference: Preference | None
     judge: Preference | None
     sampling: GenerationConfig
     stop: tuple[str, ...]
@@ -165,7 +165,7 @@ def parts(
         policy=loaded,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
-        preference=taste(config.oracle, field="oracle"),
+        preference=None if config.oracle.kind == people.KIND else taste(config.oracle, field="oracle"),
         judge=taste(config.eval.judge, field="eval.judge") if config.eval.judge.kind else None,
         sampling=sampled,
         stop=config.sampling.stop,

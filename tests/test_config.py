@@ -157,7 +157,16 @@ REFUSED = [
     ("learner.clip_norm", 0.0, "above 0"),
     ("learner.anchor_decay", 1.0, "from 0 to below 1"),
     ("learner.microbatch_size", 0, "1 or more"),
-    ("oracle.kind", "human", "one of embedding, reward_model, remote, judge, or my_module:my_function"),
+    ("oracle.kind", "human", "one of embedding, reward_model, remote, judge, people, or my_module:my_function"),
+    ("people.names", ("anna", "anna"), "different names"),
+    ("people.redundancy", 0, "1 or more"),
+    ("people.enough", 1.5, "from 0 to 1"),
+    ("people.max_staleness", -1, "0 or more"),
+    ("people.slightly", 0.4, "between 0.5 and 1"),
+    ("people.lease_s", 0.0, "above 0"),
+    ("people.undo_s", -1.0, "0 or more"),
+    ("people.check_every", 0, "1 or more"),
+    ("people.port", 65536, "a port"),
     ("oracle.judge.url", "api.openai.com/v1", "http:// or https:// URL"),
     ("oracle.judge.samples", -1, "0 or more"),
     ("oracle.judge.temperature", 2.5, "from 0 to 2"),
@@ -173,7 +182,11 @@ REFUSED = [
     ("oracle.reference_weight", 1.1, "from 0 to 1"),
     ("oracle.repetition_penalty", -0.1, "0 or more"),
     ("eval.likelihood_prompts", -1, "0 or more"),
-    ("eval.judge.kind", "human", "empty, one of embedding, reward_model, remote, judge, or my_module:my_function"),
+    (
+        "eval.judge.kind",
+        "human",
+        "empty, one of embedding, reward_model, remote, judge, or my_module:my_function",
+    ),
     ("eval.every_queries", 0, "1 or more"),
     ("eval.num_prompts", 0, "1 or more"),
     ("eval.batch_size", 0, "1 or more"),
@@ -217,6 +230,7 @@ def test_every_field_has_a_range_that_is_tested_or_may_be_anything():
     anything |= {"erm.standardise", "eval.best_of_n_always"}
     anything |= {"oracle.encoder", "oracle.reward_model", "eval.against_references", "bridge_token_file"}
     anything |= {"eval.oracle", "eval.judge.encoder", "eval.judge.reward_model"}
+    anything |= {f"people.{name}" for name in ("guidelines", "checks", "host", "tls_certificate", "tls_key")}
     anything |= {
         f"{taste}.judge.{name}"
         for taste in ("oracle", "eval.judge")

@@ -44,6 +44,7 @@ KEPT_TO = {
     "configs": set(),
     "experiments": set(),
     "gpu_bridge": {"actors.bridge", "oracles.oracle"},
+    "label_page": set(),
     "tests": set(),
 }
 

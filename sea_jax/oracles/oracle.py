@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from sea_jax.oracles import judge, preferences, user_preference
+from sea_jax.oracles import judge, people, preferences, user_preference
 from sea_jax.oracles.embedding import AGAINST, embedding_similarity, less_repetition
 from sea_jax.oracles.judge import ChatJudgeSettings
+from sea_jax.oracles.people import PeopleSettings
 from sea_jax.oracles.reward_model import remote_reward, reward_model_scores
 from sea_jax.runtime import processes
 from sea_jax.settings import (
@@ -122,6 +124,11 @@ class JudgeSettings(PreferenceSettings):
 class OracleSettings(PreferenceSettings):
     """Who labels the duels, and how."""
 
+    kind: str = setting(
+        PreferenceSettings.kind,
+        f'{KINDS_TOLD}; "people" in a web page, see `people`',
+        one_of_or_user((*KINDS, people.KIND)),
+    )
     label: str = setting(
         "deterministic",
         '"deterministic": who is preferred wins; "bradley_terry": drawn; "soft": the probability itself',
@@ -132,6 +139,10 @@ class OracleSettings(PreferenceSettings):
     def faults(self) -> Iterator[str]:
         """Yields a line for everything that does not go together."""
         yield from self.faults_of("oracle")
+        if self.kind == people.KIND and self.label != "deterministic":
+            yield f"config.oracle.label={self.label}: what people say is the label; oracle.kind=people needs deterministic"
+        if self.kind == people.KIND and self.flip_probability:
+            yield f"config.oracle.flip_probability={self.flip_probability}: oracle.kind=people needs 0, their labels are kept"
 
 
 def own_scale(settings: PreferenceSettings) -> float:
@@ -217,9 +228,31 @@ def remote_scores(settings: PreferenceSettings, token_file: str) -> Callable[[li
     return client.OracleClient(addresses(settings.urls), token, patience, settings.batch_size).score
 
 
-def oracle(settings: OracleSettings, taste: Preference) -> Oracle:
-    """Returns who labels the duels by a taste: with the settings' kind of label and noise."""
+def oracle(settings: OracleSettings, taste: Preference | None, asked: PeopleSettings) -> Oracle:
+    """Returns who labels the duels.
+
+    Args:
+      settings: OracleSettings.
+      taste: labelled with the settings' kind of label and noise; None: people are asked.
+      asked: how these are.
+    """
+    if taste is None:
+        return people.People(asked)
     labeller = preferences.labelled(taste, preferences.LABELS[settings.label])
     if settings.label != "deterministic" and settings.kind in BY_REWARD:
         labeller = preferences.told_if_certain(labeller, own_scale(settings))
     return preferences.flipped(labeller, settings.flip_probability) if settings.flip_probability else labeller
+
+
+def opened(
+    labeller: Oracle, workdir: Path, budget: int, stopping: Callable[[], bool]
+) -> AbstractContextManager[object]:
+    """Returns what is open while an oracle may be asked: the page of people, or nothing.
+
+    Args:
+      labeller: from `oracle`.
+      workdir: of the run.
+      budget: labels that the run pays for.
+      stopping: whether the run was told to stop.
+    """
+    return labeller.open(workdir, budget, stopping) if isinstance(labeller, people.People) else nullcontext()
