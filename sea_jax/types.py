@@ -109,11 +109,13 @@ class Judgement(NamedTuple):
       rows: which of the N are answered.
       probability: that the first response wins, before any noise.
       label: in [0, 1], the label that is paid for and learnt from; NaN: nobody will ever give one.
+      people: who answered each of them, by name; (): nobody in particular.
     """
 
     rows: Int[np.ndarray, " n"]
     probability: Float64[np.ndarray, " n"]
     label: Float64[np.ndarray, " n"]
+    people: Sequence[Sequence[str]] = ()
 
 
 Loss = Callable[..., Array]

@@ -41,6 +41,7 @@ def test_a_run_learns_from_what_two_people_click_and_goes_on_where_it_was_cut(tm
     for entry in paid:
         first, second = entry["first"].count("e"), entry["second"].count("e")
         assert entry["label"] == (1.0 if first > second else 0.0 if second > first else 0.5)
+        assert entry["people"] in (["anna"], ["ben"])
     clicks = [number for clicked in said.values() for number, _ in clicked]
     assert len(clicks) == len(set(clicks)) >= 12  # nobody was asked what had been answered
     assert not json.loads((workdir / "config.json").read_text())["eval"]["oracle"]

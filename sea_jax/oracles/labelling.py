@@ -123,12 +123,12 @@ def label(questions: Sequence[Question], oracle: Oracle, ledger: Ledger, keys: A
             **tells,
         )
         for judgement in _name_failures(judgements, len(asked), ledger):
-            for number, probability, value in zip(*judgement, strict=True):
+            for number, paid in _answers(judgement):
                 row = asked[number]
-                if math.isnan(value):
+                if paid is None:
                     refused.add(row)
                     continue
-                entries[row] |= _paid(probability, value)
+                entries[row] |= paid
                 ready.add(row)
             record()
         silent = {row for row in asked if known[row] is None}
@@ -174,12 +174,12 @@ def label_late(
         still_open = [key for key in keys if key not in on_record()]
         judgement = oracle.collect([_name(ledger, key) for key in still_open])
         labelled, refused = [], []
-        for number, probability, value in zip(*judgement, strict=True):
+        for number, paid in _answers(judgement):
             entry = {"key": still_open[number], "taken": step}
-            if math.isnan(value):
+            if paid is None:
                 refused.append(entry)
             else:
-                labelled.append(entry | _paid(probability, value))
+                labelled.append(entry | paid)
         processes.together(functools.partial(ledger.record, labelled), "the ledger")
         processes.together(functools.partial(ledger.abstain, refused), "the ledger")
         found = on_record()
@@ -198,9 +198,16 @@ def _name(ledger: Ledger, key: str) -> str:
     return f"{ledger.run_id}/{key}"
 
 
-def _paid(probability: float, value: float) -> dict[str, Any]:
-    """What the ledger holds of an oracle's answer."""
-    return {"probability": float(probability), "label": float(value), "counted": True}
+def _answers(judgement: Judgement) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Which pairs are judged, with what the ledger holds of the answer; None: there will be none."""
+    people = judgement.people or [()] * len(judgement.rows)
+    columns = (judgement.rows, judgement.probability, judgement.label, people)
+    for number, probability, value, who in zip(*columns, strict=True):
+        if math.isnan(value):
+            yield int(number), None
+        else:
+            paid = {"probability": float(probability), "label": float(value), "counted": True}
+            yield int(number), paid | ({"people": list(who)} if who else {})
 
 
 def _label_of(line: Mapping[str, Any] | None) -> float:

@@ -39,6 +39,7 @@ PORT: Check = (lambda v: 0 <= v < 2**16, "a port, or 0: any that is free")
 POLL_S = 0.2
 ANSWER_S = 30.0  # what the page may take for an answer, and to come up
 FILES = ("guidelines", "checks", "tls_certificate", "tls_key")  # settings that name one
+SKIP = "skip"  # as the page calls it
 RESTARTS = 10  # of a page that ended, in a row
 
 
@@ -204,7 +205,13 @@ def _judgement(taken: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> J
         return 1 - one["label"] if one["swapped"] else one["label"]
 
     labels = np.array([first_wins(one) for one in taken], np.float64)
-    return Judgement(np.array([rows[one["name"]] for one in taken], np.int64), labels, labels)
+    answered = np.array([rows[one["name"]] for one in taken], np.int64)
+    return Judgement(answered, labels, labels, people=[_labellers(one["verdicts"]) for one in taken])
+
+
+def _labellers(verdicts: Mapping[str, str]) -> list[str]:
+    """Who gave a label; a skip gives none."""
+    return sorted(person for person, verdict in verdicts.items() if verdict != SKIP)
 
 
 class _Page:

@@ -73,6 +73,7 @@ def test_a_run_through_the_bridge(policy: Fake, oracle: Fake, tmp_path: Path) ->
         assert np.ptp(features) > 0
     assert not list(tmp_path.glob("sea_jax-*"))
     # The taste of the oracle.
+    assert parts.preference is not None
     probability = parts.preference(["x"], ["short"], ["a little longer"])
     (first, second) = (ids for message in oracle.sent(protocol.SCORE) for ids in message["inputs"])
     assert probability == expit(fake.score(first) - fake.score(second))  # the scores are logits

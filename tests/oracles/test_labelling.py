@@ -232,6 +232,20 @@ def test_an_answer_is_on_disk_before_the_next_is_awaited_and_what_is_not_answere
     assert path.read_bytes() == content
 
 
+def test_the_ledger_says_who_answered_where_that_is_somebody_and_nobody_where_none_will(path, keys):
+    def people(prompts, first, second, swapped, keys, asks):
+        yield Judgement(np.array([1, 0]), np.array([1.0, np.nan]), np.array([1.0, np.nan]), [["anna", "ben"], []])
+
+    with Ledger(path) as ledger:
+        labels = labelling.label([question(0), question(1)], people, ledger, keys[:2])
+    assert math.isnan(labels[0])
+    assert labels[1] == 1.0
+    assert written(path)[2:] == [
+        {"event": "label", "key": "4-1", "probability": 1.0, "label": 1.0, "counted": True, "people": ["anna", "ben"]},
+        {"event": "abstention", "key": "4-0"},
+    ]
+
+
 def test_answers_that_came_before_a_failure_are_kept(path, keys):
     def failing(prompts, first, second, swapped, keys, asks):
         yield Judgement(np.array([1]), np.array([0.25]), np.zeros(1))
