@@ -230,9 +230,9 @@ def resolve(config: ml_collections.ConfigDict) -> RunSettings:
       ValueError: one line per value that cannot work: its name, what was found, what would do.
     """
     whole: RunSettings = checked(_read(RunSettings, config))
-    evaluation = (
-        whole.eval if whole.oracle.kind != PEOPLE else replace(whole.eval, oracle=False)
-    )  # these are for labels
+    evaluation = whole.eval
+    if whole.oracle.kind == PEOPLE:  # who are there for labels
+        evaluation = replace(evaluation, oracle=False)
     return replace(whole, oracle=replace(whole.oracle, scale=own_scale(whole.oracle)), eval=evaluation)
 
 
@@ -338,9 +338,6 @@ MAY_DIFFER = {"bridge_token_file", "actor.urls", "actor.timeout_s", "actor.retri
         f"eval.judge.{name}"
         for name in ("urls", "timeout_s", "retries", "concurrency", "max_abstentions", "batch_size")
     ),
-    *(
-        f"people.{field.name}" for field in dataclasses.fields(PeopleSettings)
-    ),  # who is asked; what they said is on record
     *("eval.oracle", "eval.likelihood_prompts"),  # what is measured besides changes nothing that is learnt
 }
 MAY_DIFFER |= {
@@ -348,6 +345,8 @@ MAY_DIFFER |= {
     for taste in ("oracle", "eval.judge")
     for name in ("url", "key_environment", "max_cost", "input_price", "output_price", "cache")
 }
+# Who is asked, and how: what they said is on record. For how long decides how much room a state has for open pairs.
+MAY_DIFFER |= {f"people.{field.name}" for field in dataclasses.fields(PeopleSettings)} - {"people.max_staleness"}
 MAY_GROW = {"max_queries"}
 
 # Where things lie that decide a run's numbers; a run goes on with others if what lies there is the same.

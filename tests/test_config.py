@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_collections
@@ -554,3 +554,12 @@ def test_a_configuration_file_needs_no_tokenizers_and_no_readers_of_data():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     heavy = {"transformers", "torch", "datasets", "pyarrow", "tensorflow_datasets", "matplotlib", "gpu_bridge"}
     assert heavy & set(loaded.split()) == set()
+
+
+def test_people_may_be_asked_otherwise_when_a_run_goes_on_but_for_how_long_pairs_stay_open():
+    then = configuration.resolve(quickstart.get_config())
+    people = replace(then.people, names=("anna",), enough=0.5, redundancy=1)
+    assert configuration.differences(replace(then, people=people), then) == []
+    longer = replace(then, people=replace(then.people, max_staleness=9))
+    (found,) = configuration.differences(longer, then)
+    assert found.startswith("config.people.max_staleness: ")
