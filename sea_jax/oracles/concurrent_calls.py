@@ -34,7 +34,8 @@ def at_once(
     """Asks about N = `count` rows, some at once, and yields each with its answer as it comes.
 
     Args:
-      ask: row -> answer; the event is set when another row has failed, so that nobody waits to try again.
+      ask: row -> answer; the event is set when another row has failed, or nobody wants to know any more, so that nobody waits
+        to try again.
       count: N.
       concurrency: rows that are asked about at once.
 
@@ -64,8 +65,12 @@ def at_once(
         while (answer := answers.get()) is not END:
             yield answer
     finally:
-        asking.cancel()
-    asking.result()
+        loop().call_soon_threadsafe(gone.set)
+        try:
+            asking.result()  # what is on its way is paid for, also where nobody wants to know any more
+        except BaseException:
+            asking.cancel()
+            raise
     if failed:
         raise failed[0]
 
